@@ -1,0 +1,213 @@
+"""GRPO, bare. This docstring is the spec: which GRPO this is, with the paper's values for GSM8K (arXiv 2602.04118 and
+its fork's scripts) in brackets.
+
+ 1. A step takes some problems [64] and samples a group of G responses to each [4], at temperature T [1.0], from the
+    full softmax: no top-k, no top-p. Ids that the tokenizer does not have are cut off, here and in the trainer.
+ 2. Each prompt is prefilled once and its cache copied to its group; each row draws its own first token. A response
+    ends with the first stop token, which counts as part of it: stopping is learned like any other token.
+ 3. Randomness is one uniform number per row and token, given by the caller (train.py takes it from numpy's
+    RandomState, one stream per row) and turned into a token through the inverse of the CDF, so a row's text does
+    not depend on what it shares a batch with (but for rounding), and the stream is the same on every machine and version.
+ 4. The sampler IS the trainer's policy: one model, one forward, the adapter never merged. So the old log-probs are
+    the sampler's own, at the same temperature; their mean distance from the trainer's, before the first update of a
+    step, is logged as `gap` and should be rounding noise. (The paper samples from a merged copy in vLLM and needs
+    truncated importance sampling for the difference; here the ratio itself is that correction.)
+ 5. Advantage = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of equal rewards.
+ 6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, summed over tokens and divided by ONE
+    number, all response tokens of the optimizer's batch (token level, as DAPO): no 1/|o| length bias, no mean of
+    means, the same gradient for any micro-batch size.
+ 7. No KL to the base by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator to each token; the base is v = 0.
+ 8. A step's problems are split into mini-batches [2 of 32], one Adam update each [AdamW 0.9, 0.999; no weight decay].
+    Groups without signal are skipped before their forward pass; their tokens still count in 6's denominator, so the
+    skip changes nothing but the time. (With kl > 0 nothing is skipped.)
+ 9. The gradient is clipped to a norm [1.0]. v and Adam's state are fp32; with --v-dtype bf16 or fp16 the value kept
+    after each update is rounded to that type.
+"""
+import math
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from model import Cache, InputError, upcast
+
+HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
+
+
+def pad(rows, device):
+    """Lists of ids -> (B, T) padded with 0 on the right. The padding is found by lengths, never by its value."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def log_softmax(logits, temperature):
+    """The policy's log-probs, (..., vocab), in fp32 whatever the model's dtype."""
+    return (upcast(logits) / temperature).log_softmax(-1)
+
+
+def draw(logp, uniform):
+    """Tokens (B,) from log-probs (B, vocab): inverse CDF of uniform (B,) in [0, 1), fp64; None takes the best.
+
+    `right=True` finds the first token whose cumulated probability EXCEEDS the point, so a token of probability 0,
+    which adds nothing, is never drawn; the clamp keeps rounding from walking off the end.
+    """
+    if uniform is None:
+        return logp.argmax(-1)
+    cdf = logp.exp().double().cumsum(-1)
+    total = cdf[:, -1:]
+    point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)  # NaN logits fall off the end
+
+
+@torch.no_grad()
+def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, check_every=8):
+    """Sample `group` responses to each of P prompts (lists of ids); row p * group + g is sample g of prompt p.
+
+    noise (P * group, >= max_new_tokens): uniform numbers in [0, 1), numpy or tensor; None decodes greedily.
+    Returns ids (B, T), mask (B, T) bool, true up to and including one stop token, and logprobs (B, T) fp32 of
+    the drawn ids at this temperature, 0 where masked. The host looks at the device only every `check_every`
+    tokens: it stops when all rows are done, and drops finished rows from the batch when they are many.
+    """
+    device = model.embed_tokens.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    cache = Cache(model, len(prompts), max(map(len, prompts)))
+    hidden = model.hidden(pad(prompts, device), cache, lengths)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(group)  # (B,)
+    hidden = hidden[rows, lengths[rows] - 1]  # (B, C): each row's last real token
+    size = cache.used + max_new_tokens
+    cache = cache.take(rows, size)
+    B = len(rows)
+    rows = torch.arange(B, device=device)  # which rows of the result are still in the batch
+    noise = None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        logp = log_softmax(model.logits(hidden, vocab), temperature if noise is not None else 1.0)
+        token = draw(logp, None if noise is None else noise[rows, t])
+        ids[rows, t] = token.masked_fill(done, 0)
+        mask[rows, t] = ~done
+        logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0].float().masked_fill(done, 0)
+        done = done | torch.isin(token, stops)
+        if t + 1 == max_new_tokens:
+            break
+        if t % check_every == check_every - 1:
+            left = (~done).nonzero()[:, 0]  # the only host sync
+            if len(left) == 0:
+                break
+            if len(left) < 0.75 * len(rows):
+                rows, token, done, cache = rows[left], token[left], done[left], cache.take(left, size)
+        hidden = model.hidden(token[:, None], cache)[:, 0]
+    T = t + 1
+    if not logprobs.isfinite().all():
+        raise InputError("the model's log-probs are not finite: v has grown too large (lower --lr), or --temperature is extreme")
+    return ids[:, :T], mask[:, :T], logprobs[:, :T]
+
+
+def logprobs(model, prompts, ids, mask, temperature=1.0, vocab=None, recompute=False):
+    """The trainer's log-probs of the responses: prompts (B lists of ids), ids and mask (B, T) -> (B, T), 0 where masked.
+
+    One causal pass over prompt + response, padded on the right. The head runs on response positions only, in
+    chunks whose logits are rebuilt in the backward pass, so logits for a whole batch never exist at once.
+    recompute: activation checkpointing of the blocks, for long responses.
+    """
+    lengths = mask.sum(1).tolist()
+    hidden = model.hidden(pad([p + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths)], ids.device), recompute=recompute)
+    row, t = mask.nonzero(as_tuple=True)
+    start = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)
+    hidden, target = hidden[row, start[row] + t], ids[mask]  # (N, C), (N,): position i predicts token i + 1
+
+    def head(hidden, target):
+        logp = log_softmax(model.logits(hidden, vocab), temperature)
+        return logp.gather(1, target[:, None])[:, 0]
+
+    flat = torch.cat([checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))])
+    return flat.new_zeros(mask.shape).index_put((row, t), flat)
+
+
+def advantages(rewards):
+    """(P, G) -> (P, G): standardised within each group; exactly 0 where all rewards are equal (or G is 1)."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    level = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(level, 0.0, centred / (rewards.var(1, keepdim=True, correction=min(1, rewards.shape[1] - 1)).sqrt() + 1e-6))
+
+
+def k3(logp, base_logp):
+    """Schulman's estimator of the KL to the base, per token: unbiased, never negative."""
+    return (base_logp - logp).exp() - (base_logp - logp) - 1
+
+
+def grpo_loss(logp, old_logp, advantage, mask, denominator, clip_low=0.2, clip_high=0.4, kl=0.0, base_logp=None):
+    """A scalar: items 6 and 7 of the spec. logp, old_logp, base_logp, mask (B, T); advantage (B,); denominator: tokens."""
+    ratio, advantage = (logp - old_logp).exp(), advantage[:, None]
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    if kl > 0:
+        loss = loss + kl * k3(logp, base_logp)
+    return torch.where(mask, loss, 0.0).sum() / max(denominator, 1)
+
+
+def micro_batches(lengths, rows, tokens):
+    """Rows sorted by length and cut so that a padded micro-batch holds at most `tokens` tokens (or a single row)."""
+    batch = []
+    for row in sorted(rows, key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def update(model, v, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, minibatches=1, temperature=1.0, vocab=None, clip_low=0.2,
+           clip_high=0.4, kl=0.0, grad_clip=1.0, micro_tokens=4096, recompute=False, v_dtype=torch.float32):
+    """One step's updates on v. prompts: one list of ids per row; ids, mask, old_logp (B, T), advantage (B,), from the rollout.
+
+    lr: one learning rate per update. Rows are split into `minibatches` parts in order (keep groups together: B and the
+    group must divide). Returns metrics over what was seen: gap (None: no row had a signal), clip_fraction, kl, entropy,
+    grad_norm, v_norm.
+    """
+    B, device = len(prompts), ids.device
+    lengths = [len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())]
+    weight = advantage.tolist()
+    seen, gap, first_tokens, clipped, divergence, norms = 0, 0.0, 0, 0.0, 0.0, []
+    bounds = [B * i // minibatches for i in range(minibatches + 1)]
+    for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        denominator = int(mask[start:end].sum())
+        rows = [i for i in range(start, end) if kl > 0 or weight[i] != 0]
+        v.grad = torch.zeros_like(v)
+        for batch in micro_batches(lengths, rows, micro_tokens):
+            at = torch.tensor(batch, device=device)
+            width = int(mask[at].sum(1).max())
+            m, old, adv = mask[at, :width], old_logp[at, :width], advantage[at]
+            some = [prompts[i] for i in batch]
+            base_logp = None
+            if kl > 0:
+                with torch.no_grad():
+                    kept = v.clone()
+                    try:
+                        v.zero_()
+                        base_logp = logprobs(model, some, ids[at, :width], m, temperature, vocab)
+                    finally:  # an interrupt must not leave v at 0
+                        v.copy_(kept)
+            logp = logprobs(model, some, ids[at, :width], m, temperature, vocab, recompute)
+            grpo_loss(logp, old, adv, m, denominator, clip_low, clip_high, kl, base_logp).backward()
+            with torch.no_grad():
+                delta, tokens = (logp - old)[m], int(m.sum())
+                up = adv[:, None].expand_as(old)[m] > 0
+                clipped += (torch.where(up, delta.exp() > 1 + clip_high, delta.exp() < 1 - clip_low)).sum().item()
+                divergence += 0.0 if base_logp is None else k3(logp, base_logp)[m].sum().item()
+                if part == 0:  # before any update: what remains between sampler and trainer is rounding
+                    gap, first_tokens = gap + delta.abs().sum().item(), first_tokens + tokens
+                seen += tokens
+        norms.append(torch.nn.utils.clip_grad_norm_([v], grad_clip).item())
+        if not math.isfinite(norms[-1]):
+            raise InputError("the gradient is not finite: v has grown too large (lower --lr), or --temperature is extreme")
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr[part]
+        optimizer.step()
+        with torch.no_grad():
+            v.copy_(v.to(v_dtype))
+    return {"gap": gap / first_tokens if first_tokens else None, "clip_fraction": clipped / max(seen, 1), "kl": divergence / max(seen, 1),
+            # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
+            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": v.norm().item()}

@@ -1,0 +1,174 @@
+"""Problems, prompts and rewards for GSM8K and files shaped like it.
+
+Two scores, always reported side by side, because much of a gain can be answer format (arXiv 2602.04118 reports the
+strict one; on the lenient one a careful reproduction saw far less at 13 numbers):
+    strict   the text must say "#### <number>" in its last 300 characters, the paper's rule; the last one counts.
+    lenient  the strict answer if there is one, else the last number anywhere in the text.
+"""
+import hashlib
+import http.client
+import json
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from model import InputError, read_json, replacing
+
+INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'  # the paper's, one user turn
+URL = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
+SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+          "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")  # Qwen2.5 and Llama 3
+
+NUMBER = r"[-+]?[$€£]?[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+STRICT = re.compile(r"####[ \t]*(" + NUMBER + ")")
+ANY = re.compile(NUMBER)
+
+
+def canonical(number):
+    """One spelling per value: "$1,800.00" -> "1800", "-07.50" -> "-7.5", "-0" -> "0". Strings only: no digit is too many."""
+    sign = "-" if "-" in number else ""
+    whole, _, fraction = re.sub(r"[^\d.]", "", number).partition(".")
+    text = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
+    return text if text == "0" else sign + text
+
+
+def extract_answer(text, strict=True):
+    """The answer a text gives, as a canonical number string, or None. strict and lenient: see the module docstring."""
+    text = text.replace("\u2212", "-").replace("\\$", "$")  # the typographic minus; LaTeX's dollar
+    text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3})", "", text)  # thin spaces between thousands
+    found = STRICT.findall(text[-300:])
+    if not found and not strict:
+        # a minus glued to a number or word before it is a hyphen or a subtraction: "10-3" ends in 3, not in -3
+        found = ANY.findall(re.sub(r"(?<=[\w)])-(?=\d)", " ", text))
+    return canonical(found[-1]) if found else None
+
+
+def reward(text, answer, strict=True):
+    """1.0 if `text` gives the number that `answer` ends in (a worked solution with "####", or the bare number), else 0.0."""
+    gold = extract_answer(answer, strict=False)
+    return float(gold is not None and extract_answer(text, strict) == gold)
+
+
+def download(name, folder):
+    """One GSM8K file into the cache folder, checked against its sha256 before it gets its name."""
+    path = folder / name
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[name]:
+        return path
+    print(f"downloading {URL}{name} to {folder}", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(URL + name, timeout=60) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:  # the second: a connection cut in the middle
+        raise InputError(f"--data gsm8k: {name} cannot be downloaded to {folder} ({error}); go online once, set TINYLORA_CACHE, "
+                         f"or point --data at a folder with train.jsonl and test.jsonl") from None
+    if hashlib.sha256(data).hexdigest() != SHA256[name]:
+        raise InputError(f"--data gsm8k: {URL}{name} has changed (its sha256 is not {SHA256[name][:12]}...); nothing was kept")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return path
+
+
+def read_problems(path):
+    """A jsonl file of {"question", "answer"} -> a list of dicts. InputError names the file and the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {n}: not JSON ({error})") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("question", "answer")):
+            raise InputError(f'{path}, line {n}: needs "question" and "answer", both text')
+        if extract_answer(row["answer"], strict=False) is None:
+            raise InputError(f"{path}, line {n}: there is no number in its answer")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: holds no problems")
+    return rows
+
+
+def load_data(data):
+    """--data -> (train, test): "gsm8k" is downloaded once into the cache, anything else is a folder."""
+    if data == "gsm8k":
+        cache = Path(os.environ.get("TINYLORA_CACHE") or Path.home() / ".cache" / "tinylora") / "gsm8k"
+        return tuple(read_problems(download(name, cache)) for name in SHA256)
+    if not Path(data).is_dir():
+        raise InputError(f"--data {data}: no such folder; use gsm8k, or a folder with train.jsonl and test.jsonl")
+    return tuple(read_problems(Path(data) / f"{split}.jsonl") for split in ("train", "test"))
+
+
+def fail(message):
+    """raise_exception, which templates expect to find."""
+    raise TemplateError(message)
+
+
+class Chat:
+    """A model folder's text side: tokenizer, chat template, stop ids. `vocab` is how many ids the tokenizer really has."""
+
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer ({error})") from None
+        self.tokenizer.no_truncation()  # some files carry a limit from their training
+        self.tokenizer.no_padding()
+        config = read_json(folder / "tokenizer_config.json")
+        template = config.get("chat_template")
+        if (folder / "chat_template.jinja").is_file():  # where newer checkpoints keep it
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several named templates
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: has no chat_template; use an instruct model")
+        # The folder is somebody else's and a template is code: jinja's sandbox lets it format messages and no more.
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        env.globals["raise_exception"] = fail
+        self.special = {}
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = config.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                self.special[key] = token
+        try:
+            self.template = env.from_string(template)
+        except TemplateError as error:
+            raise InputError(f"{folder}: its chat template fails ({error})") from None
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab = max(vocabulary.values()) + 1
+        self.stop_ids = {vocabulary[t] for t in (*END_OF_TURN, self.special.get("eos_token")) if t in vocabulary}
+        for name in ("generation_config.json", "config.json"):
+            eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+            self.stop_ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int) and 0 <= i < self.vocab}
+        if not self.stop_ids:
+            raise InputError(f"{folder}: no end-of-turn token in generation_config.json, config.json or the tokenizer")
+
+    def text(self, question, system=None):
+        """The prompt as the model's own template writes it, instruction included, ready for the assistant's turn."""
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question + INSTRUCTION})
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except Exception as error:  # it is somebody else's program: it may fail in any way
+            raise InputError(f"{self.folder}: its chat template fails ({type(error).__name__}: {error})") from None
+
+    def prompt(self, question, system=None):
+        """Token ids of the prompt. The template writes any BOS itself, so the tokenizer must not add a second one."""
+        return self.tokenizer.encode(self.text(question, system), add_special_tokens=False).ids
+
+    def decode(self, ids, mask):
+        """The response's text without its stop token: nothing after the stop token is ever scored."""
+        return self.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)

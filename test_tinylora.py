@@ -1,0 +1,950 @@
+"""python -m pytest -q        Each test's docstring names the bug it guards; numbers like (bug 8) are this project's list:
+
+1 stop token masked out  2 mask from ids != pad  3 one stop id only  4 text after the stop scored  5 one first token for the
+whole group  6 temperature missing in the trainer  7 truncated sampler, full trainer  8 mean of micro-batch means  9 masks
+changed in place  10 1/|o| bias, empty masks  11 groups of equal rewards, groups of 1  12 metrics diluted by padding  13 log-softmax
+in bf16  14 bf16 trainables  15 merge drift  16 zero gradient  17 is_causal with a cache  18 grouped queries and masks  19 padding
+without positions  20 ids beyond the tokenizer  21 Qwen's details  22 zero-probability tokens  23 answers  24 evaluation noise
+"""
+import functools
+import http.server
+import importlib.util
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # the tests are the CPU's, and ask no hub; before the imports
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import grpo
+import gsm8k
+import model as transformer
+import tinylora
+import train
+from model import Cache, Config, InputError, Transformer
+
+ROOT = Path(__file__).resolve().parent
+TOY = ROOT / "toy"
+ASSETS = Path(os.environ.get("TINYLORA_ASSETS") or "/nonexistent")
+needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="needs the data folder named by TINYLORA_ASSETS")
+needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers (requirements-dev.txt)")
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SHAPES = {"toy": (4, 128, 384, 4, 2), "0.5B": (24, 896, 4864, 14, 2), "3B": (36, 2048, 11008, 16, 2), "7B": (28, 3584, 18944, 28, 4)}
+
+
+def config(kind="qwen2", layers=2, hidden=32, mid=48, heads=4, kv=2, head_dim=8, vocab=50, theta=10000.0, tied=True, scaling=None):
+    return Config(kind, vocab, hidden, mid, layers, heads, kv, head_dim, 1e-6, theta, scaling, tied)
+
+
+@torch.no_grad()
+def tiny(seed=0, dtype=torch.float32, **kw):
+    """A random model; norm weights and biases are random too, or their bugs would not show (bug 21)."""
+    model, rng = Transformer(config(**kw)), np.random.RandomState(seed)
+    for name, p in model.named_parameters():
+        p.copy_(torch.from_numpy(rng.standard_normal(p.shape)) * (0.3 if p.dim() == 2 else 0.5) + (1.0 if "norm" in name else 0.0))
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def write_folder(folder, model, shards=1):
+    """A model folder in Hugging Face layout, with the toy's tokenizer files."""
+    c = model.config
+    raw = {"model_type": c.model_type, "architectures": ["Qwen2ForCausalLM"], "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
+           "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_hidden_layers, "hidden_act": "silu",
+           "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
+           "rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_word_embeddings}
+    if c.rope_scaling:
+        raw["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOY / name, folder / name)
+    state = {n if n.startswith("lm_head") else "model." + n: p.detach().clone() for n, p in model.state_dict().items()}
+    names = sorted(state)
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return folder
+    index = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({n: state[n] for n in names[i::shards]}, folder / file)
+        index |= {n: file for n in names[i::shards]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def random_v(v, scale=0.3, seed=0):
+    with torch.no_grad():
+        v.copy_(torch.from_numpy(np.random.RandomState(seed).standard_normal(v.shape)) * scale)
+    return v
+
+
+def rollout(model, prompts=([1, 2, 3, 4, 5], [6, 7, 8], [9, 10]), group=4, length=12, temperature=1.0, stops=(0, 3), seed=0, **kw):
+    noise = np.random.RandomState(seed).random_sample((len(prompts) * group, length))
+    ids, mask, logp = grpo.generate(model, list(prompts), group, length, stops, temperature, noise, **kw)
+    return [p for p in prompts for _ in range(group)], ids, mask, logp
+
+
+# ---------------------------------------------------------------------------------------------------- model.py
+
+MODELS = [dict(), dict(kv=4), dict(heads=7, kv=1, head_dim=6), dict(tied=False), dict(kind="llama", scaling=LLAMA3, theta=5e5), dict(theta=1e6, head_dim=16)]
+
+
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_cache_gives_the_numbers_of_one_pass(kw):
+    """Bugs 2, 17, 18, 19: ragged prompts through the cache, in chunks and token by token, equal each row alone."""
+    model = tiny(**kw)
+    rows = [list(np.random.RandomState(i).randint(0, 50, n)) for i, n in enumerate((11, 7, 9, 1))]
+    rows[1][3] = 0  # 0 is also the padding's id: a mask made from ids would hide it
+    whole = [model(torch.tensor([row]))[0] for row in rows]
+    cache, lengths = Cache(model, 4, 30), torch.tensor([6, 3, 8, 1])
+    got = model(grpo.pad([row[:n] for row, n in zip(rows, lengths)], "cpu"), cache, lengths)
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(got[i, :n], whole[i][:n], atol=1e-5, rtol=1e-5)
+    done = lengths.tolist()
+    for chunk in (2, 1, 1):  # chunks in the middle are ragged too: rows that have ended put in nothing
+        part = [row[d:d + chunk] for row, d in zip(rows, done)]
+        size = torch.tensor([len(p) for p in part])
+        got = model(grpo.pad([p + [0] * (chunk - len(p)) for p in part], "cpu"), cache, size)
+        for i in range(4):
+            torch.testing.assert_close(got[i, :size[i]], whole[i][done[i]:done[i] + size[i]], atol=1e-5, rtol=1e-5)
+        done = [d + len(p) for d, p in zip(done, part)]
+    assert cache.lengths.tolist() == done
+
+
+def test_cache_take_copies_rows():
+    """A group's rows continue one prefill without touching each other's keys."""
+    model = tiny()
+    cache = Cache(model, 2, 4)
+    model(torch.tensor([[1, 2, 3], [4, 5, 6]]), cache)
+    copies = cache.take(torch.tensor([0, 0, 1]), 10)
+    got = model(torch.tensor([[7], [8], [9]]), copies)[:, 0]
+    for row, ids in enumerate(([1, 2, 3, 7], [1, 2, 3, 8], [4, 5, 6, 9])):
+        torch.testing.assert_close(got[row], model(torch.tensor([ids]))[0, -1], atol=1e-5, rtol=1e-5)
+
+
+@needs_transformers
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_logits_equal_transformers(kw, tmp_path):
+    """Bug 21: bias on q, k, v and none on o, theta, norm order, halves rotated, tied head, Llama 3 rope scaling."""
+    from transformers import AutoModelForCausalLM
+    folder = write_folder(tmp_path, tiny(**kw))
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformer.load(folder)
+    ids = torch.from_numpy(np.random.RandomState(1).randint(0, 50, (3, 40)))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@needs_transformers
+def test_toy_folder_is_an_ordinary_qwen2_folder():
+    """The toy loads in transformers as any Qwen2.5 folder does: same logits, same prompt ids."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs, chat = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32), gsm8k.Chat(TOY)
+    assert type(theirs).__name__ == "Qwen2ForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    for system in (None, "You are a careful assistant. You write down every step."):
+        messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Tom has 5 apples." + gsm8k.INSTRUCTION}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert chat.prompt("Tom has 5 apples.", system) == list(ids)
+    ids = torch.tensor([chat.prompt("Tom has 5 apples.")])
+    torch.testing.assert_close(transformer.load(TOY)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_load_reads_back_what_was_saved(shards, tied, tmp_path):
+    """One file or many, tied or not: the weights are the file's, in the dtype asked for, frozen."""
+    model = tiny(tied=tied)
+    folder = write_folder(tmp_path, model, shards)
+    ids = torch.arange(10)[None]
+    assert torch.equal(transformer.load(folder)(ids), model(ids))
+    half = transformer.load(folder, torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.rope_freqs.dtype == torch.float32
+    assert not any(p.requires_grad for p in half.parameters())
+
+
+def edit_config(**changes):
+    def edit(folder):
+        raw = json.loads((folder / "config.json").read_text())
+        raw |= changes
+        (folder / "config.json").write_text(json.dumps({k: x for k, x in raw.items() if x != "delete"}))
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+    return edit
+
+
+BROKEN = {  # name: (how, words the message must contain)
+    "no folder": (lambda f: shutil.rmtree(f), ["config.json", "no such file"]),
+    "no architecture": (edit_config(model_type="delete"), ["config.json", "model_type"]),
+    "unknown architecture": (edit_config(model_type="gpt2"), ["model_type", "gpt2"]),
+    "missing field": (edit_config(hidden_size="delete"), ["hidden_size"]),
+    "negative size": (edit_config(num_hidden_layers=-3), ["num_hidden_layers"]),
+    "heads do not divide": (edit_config(num_key_value_heads=3), ["num_key_value_heads"]),
+    "quantised": (edit_config(quantization_config={"bits": 4}), ["quantization_config"]),
+    "sliding window": (edit_config(use_sliding_window=True), ["use_sliding_window"]),
+    "yarn": (edit_config(rope_scaling={"type": "yarn", "factor": 4.0}), ["yarn"]),
+    "rope_scaling is text": (edit_config(rope_scaling="x"), ["rope_scaling"]),
+    "another activation": (edit_config(hidden_act="gelu"), ["hidden_act"]),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
+    "truncated shard": (lambda f: os.truncate(f / "model.safetensors", 5000), ["model.safetensors", "damaged"]),
+    "empty shard": (lambda f: os.truncate(f / "model.safetensors", 0), ["model.safetensors", "damaged"]),
+    "wrong shape": (edit_config(intermediate_size=40), ["mlp", "shape"]),
+    "missing tensor": (edit_weights(lambda s: s.pop("model.norm.weight")), ["norm.weight"]),
+    "foreign tensor": (edit_weights(lambda s: s.update(extra=torch.zeros(2))), ["extra"]),
+    "integer weights": (edit_weights(lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})), ["norm.weight", "quantised"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json"]),
+    "no template": (lambda f: (f / "tokenizer_config.json").write_text("{}"), ["chat_template"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_model_folders_are_told_in_one_line(name, tmp_path, capsys):
+    """Each ends in exit code 2 and one line that names the file and the field."""
+    folder = write_folder(tmp_path / "m", tiny(vocab=600))
+    BROKEN[name][0](folder)
+    assert train.main(["--model", str(folder), "--data", str(TOY), "--eval-count", "2", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ") and all(word in message for word in BROKEN[name][1]), message
+
+
+def test_a_missing_or_wandering_shard_is_named(tmp_path):
+    """A shard the index names but the folder lacks, and one that points outside the folder."""
+    folder = write_folder(tmp_path, tiny(), shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00003"):
+        transformer.load(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(InputError, match="own folder"):
+        transformer.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------- tinylora.py
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (40, 300), (300, 8), (600, 500), (2, 2)])
+def test_truncated_svd_equals_full_svd(shape):
+    """Values to 1e-5, vectors up to the sign rule, the stated residual is the true one; also for nearly equal values."""
+    for seed, decay in ((0, 0.0), (1, 0.5)):
+        W = torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).float()
+        W = W * torch.exp(-decay * torch.arange(shape[1]) / 10)
+        U, S, V, residual = tinylora.truncated_svd(W, 2)
+        full = torch.linalg.svd(W.double(), full_matrices=False)
+        torch.testing.assert_close(S.double(), full.S[:2], rtol=1e-5, atol=0)
+        assert (U.double().T @ full.U[:, :2]).diag().abs().min() > 0.9999
+        true = max((W.T @ U - V * S).norm(dim=0).max(), (W @ V - U * S).norm(dim=0).max()) / S[0]
+        assert true <= 1.2 * residual + 3e-6 and residual <= 1e-4
+        assert (U.double().sum(0) > 0).all() and torch.allclose(U.T @ U, torch.eye(2), atol=1e-5)
+
+
+def test_truncated_svd_sign_and_failures():
+    """The signs follow the rule whichever way the solver turns; a rank that does not fit is an error; NaN is not a result."""
+    W = torch.from_numpy(np.random.RandomState(0).standard_normal((50, 30))).float()
+    U, S, V, _ = tinylora.truncated_svd(W, 2)
+    U2, S2, V2, _ = tinylora.truncated_svd(W.flip(1), 2)  # the same U, another V, another path to both
+    torch.testing.assert_close(U, U2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(V, V2.flip(0), atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="--rank 31"):
+        tinylora.truncated_svd(W, 31)
+    model = tiny()
+    model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    with pytest.raises(InputError, match="layer 1, mlp.up_proj: .*NaN"):
+        tinylora.adapt(model, 13)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_params_are_exact(name):
+    """--params N trains exactly N numbers, on the toy and at Qwen2.5's shapes, with the group sizes the issue states."""
+    layers, hidden, mid, heads, kv = SHAPES[name]
+    modules = 7 * layers
+    for n in (1, 2, 4, 7, 13, 25, 49, 64, 98, 196, 392, 504, 1000):
+        with torch.device("meta"):
+            model = Transformer(config(layers=layers, hidden=hidden, mid=mid, heads=heads, kv=kv, head_dim=hidden // heads, vocab=1000))
+        model.requires_grad_(False)
+        v = tinylora.adapt(model, params=n)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == v.numel() == n
+        linears = [m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]
+        assert len(linears) == modules
+        group_of = [m.group for m in linears]
+        groups = max(d for d in range(1, modules + 1) if n % d == 0)
+        assert tuple(v.shape) == (groups, n // groups) and sorted(set(group_of)) == list(range(groups)) and group_of == sorted(group_of)
+        sizes = [group_of.count(g) for g in range(groups)]
+        tie = math.ceil(modules / groups)
+        if math.ceil(modules / tie) == groups:
+            assert sizes == [min(tie, modules - g * tie) for g in range(groups)]
+        else:
+            assert max(sizes) - min(sizes) <= 1
+        if (name, n) == ("7B", 13):
+            assert sizes == [16] * 12 + [4]
+
+
+def test_tying_by_hand():
+    """--n-tie, --u and --tie structured; wishes that contradict each other are errors."""
+    assert tinylora.plan(28, n_tie=128)[0] == [0] * 128 + [1] * 68  # figure 1's point at 2 numbers
+    row, groups, u, n_tie = tinylora.plan(28, n_tie=16, tie="structured")
+    assert (groups, u, n_tie) == (14, 1, 16) and row[:7] == [0, 2, 4, 6, 8, 10, 12] and row[-7:] == [1, 3, 5, 7, 9, 11, 13]
+    assert tinylora.plan(4, params=26, u=2)[1:3] == (13, 2) and tinylora.plan(4, params=13, u=13)[1:3] == (1, 13)
+    assert tinylora.plan(4, n_tie=7, u=3)[1:3] == (4, 3) and tinylora.plan(4, params=12, n_tie=7)[1:3] == (4, 3)
+    for bad in (dict(params=0), dict(params=13, tie="structured"), dict(params=13, u=2), dict(params=13, n_tie=7), dict(params=64, u=1)):
+        with pytest.raises(InputError):
+            tinylora.plan(4, **bad)
+
+
+def test_zero_v_is_the_base_model_bit_for_bit():
+    """In fp32 and bf16, whole sequences and cached decoding alike."""
+    for dtype in (torch.float32, torch.bfloat16):
+        base, model = tiny(dtype=dtype), tiny(dtype=dtype)
+        tinylora.adapt(model, 13)
+        ids = torch.arange(24).view(2, 12)
+        assert torch.equal(base(ids), model(ids))
+        for a, b in zip(rollout(base), rollout(model)):
+            assert a == b if isinstance(a, list) else torch.equal(a, b)
+
+
+def test_the_layer_is_the_formula():
+    """y = W x + U S R V^T x with R = sum v_i P_i / sqrt(u): S once, R not transposed, 1/sqrt(u) there, bias kept."""
+    model = tiny()
+    v = random_v(tinylora.adapt(model, u=3, n_tie=5, rank=2, seed=7))
+    for index, layer in enumerate([m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]):
+        W = layer.base.weight
+        U, S, V, _ = tinylora.truncated_svd(W, 2)
+        P = torch.from_numpy(np.random.RandomState([1, 7, index, 0]).standard_normal((3, 2, 2))).float()
+        R = sum(v[index // 5, i] * P[i] for i in range(3)) / math.sqrt(3)
+        x = torch.randn(4, W.shape[1])
+        want = x @ (W + U @ torch.diag(S) @ R @ V.T).T + (0 if layer.base.bias is None else layer.base.bias)
+        torch.testing.assert_close(layer(x), want, atol=1e-4, rtol=1e-4)
+
+
+GOLDEN_P = [-0.43666387, 0.22524047, 0.48923835, 0.26245433]
+
+
+def test_P_is_numpys_frozen_stream():
+    """P differs between modules and is the same on every machine: the first numbers are written down here."""
+    model = tiny()
+    tinylora.adapt(model, 13, seed=0)
+    P = torch.stack([m.P for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)])
+    assert len({tuple(p.flatten().tolist()) for p in P}) == 14
+    assert P[0].flatten().tolist() == pytest.approx(GOLDEN_P, rel=1e-6)
+
+
+def test_adapter_file_is_26_bytes_and_travels(tmp_path):
+    """One tensor of 13 numbers; another process rebuilds bit-equal logits from it."""
+    model = transformer.load(TOY)
+    v = random_v(tinylora.adapt(model, 13, seed=3), 0.1)
+    with torch.no_grad():
+        v.copy_(v.bfloat16())
+    for dtype, size in (("bf16", 26), ("fp32", 52)):
+        tinylora.save(tmp_path / f"{dtype}.safetensors", v, model, dtype)
+        with safe_open(tmp_path / f"{dtype}.safetensors", "pt") as file:
+            assert list(file.keys()) == ["v"]
+            stored = file.get_tensor("v")
+        assert stored.shape == (13,) and stored.nbytes == size
+        raw = (tmp_path / f"{dtype}.safetensors").read_bytes()
+        assert len(raw) - 8 - int.from_bytes(raw[:8], "little") == size
+        code = (f"import torch, model, tinylora; m = model.load({str(TOY)!r}); tinylora.load({str(tmp_path / dtype)!r} + '.safetensors', m);"
+                f"from safetensors.torch import save_file; save_file({{'y': m(torch.arange(40).view(2, 20))}}, {str(tmp_path / 'y')!r})")
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "5"})
+        assert torch.equal(load_file(tmp_path / "y")["y"], model(torch.arange(40).view(2, 20)))
+
+
+def test_adapter_on_another_base_or_with_other_settings(tmp_path):
+    """The error says what differs; a base loaded in bf16 is still the same base; a damaged file is told."""
+    model, path = tiny(), tmp_path / "a.safetensors"
+    v = random_v(tinylora.adapt(model, 13))
+    tinylora.save(path, v, model)
+    for kw, word in ((dict(rank=3), "rank is 2 in the file and 3 here"), (dict(seed=1), "seed"), (dict(params=14), "groups"), (dict(tie="structured", params=7), "tie")):
+        other = tiny()
+        tinylora.adapt(other, **{"params": 13} | kw)
+        with pytest.raises(InputError, match=word):
+            tinylora.load(path, other)
+    for other in (tiny(seed=1), tiny(theta=1e6)):
+        with pytest.raises(InputError, match="base is"):
+            tinylora.load(path, other)
+    half = tiny(dtype=torch.bfloat16)
+    assert torch.equal(tinylora.load(path, half), v)
+    again = tiny()
+    tinylora.adapt(again, 13)
+    assert torch.equal(tinylora.load(path, again), v)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(InputError, match="cannot be read"):
+        tinylora.load(path, tiny())
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="not a TinyLoRA adapter"):
+        tinylora.load(path, tiny())
+
+
+# ----------------------------------------------------------------------------------------------------- grpo.py
+
+def test_sampler_and_trainer_are_one_policy():
+    """Bugs 2, 6, 19: the trainer's log-probs of a ragged batch are the sampler's, at any temperature, adapter on."""
+    model = tiny()
+    random_v(tinylora.adapt(model, 13))
+    for temperature in (1.0, 0.5, 2.0):
+        prompts, ids, mask, logp = rollout(model, temperature=temperature, vocab=45)
+        assert 0 < (~mask).sum() and logp[mask].std() > 0
+        got = grpo.logprobs(model, prompts, ids, mask, temperature, vocab=45)
+        torch.testing.assert_close(got, logp, atol=2e-5, rtol=1e-5)
+        assert torch.equal(got, grpo.logprobs(model, prompts, ids, mask, temperature, vocab=45, recompute=True))
+    assert not torch.allclose(got, grpo.logprobs(model, prompts, ids, mask, 1.0, vocab=45), atol=1e-2)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    """Same noise, same text: alone, in a group, with finished rows dropped early or never (bugs 5, 19)."""
+    model = tiny()
+    prompts, ids, mask, logp = rollout(model, length=24)
+    noise = np.random.RandomState(0).random_sample((12, 24))
+    for other in (dict(check_every=1), dict(check_every=3), dict(check_every=100)):
+        _, ids2, mask2, logp2 = rollout(model, length=24, **other)
+        n = min(ids.shape[1], ids2.shape[1])
+        assert torch.equal(ids[:, :n], ids2[:, :n]) and mask[:, n:].sum() == mask2[:, n:].sum() == 0
+        torch.testing.assert_close(logp[:, :n], logp2[:, :n], atol=1e-5, rtol=1e-5)
+    for i in range(12):
+        ids1, mask1, logp1 = grpo.generate(model, [prompts[i]], 1, 24, (0, 3), 1.0, noise[i:i + 1])
+        k = int(mask1.sum())
+        assert k == int(mask[i].sum()) and torch.equal(ids1[0, :k], ids[i, :k])
+        torch.testing.assert_close(logp1[0, :k], logp[i, :k], atol=1e-5, rtol=1e-5)
+    assert len({int(t) for t in ids[:4, 0]}) > 1, "the group shares its first token (bug 5)"
+
+
+def test_greedy_is_argmax():
+    """noise=None takes the most likely token; its log-probs are at temperature 1 whatever is asked."""
+    model = tiny()
+    ids, mask, logp = grpo.generate(model, [[5, 6, 7]], 1, 6, (49,), temperature=0.3)
+    text = [5, 6, 7]
+    for t in range(int(mask.sum())):
+        best = model(torch.tensor([text]))[0, -1].log_softmax(-1)
+        text.append(int(best.argmax()))
+        assert logp[0, t].item() == pytest.approx(best.max().item(), abs=1e-5)
+    assert text[3:] == ids[0, :int(mask.sum())].tolist()
+
+
+def test_numbers_that_blow_up_are_an_error():
+    """NaN logits must not pass as text: neither in sampling nor in an update."""
+    model = tiny()
+    v = tinylora.adapt(model, 5)
+    prompts, ids, mask, logp = rollout(model)
+    with torch.no_grad():
+        v.fill_(1e30)
+    with pytest.raises(InputError, match="not finite"):
+        rollout(model)
+    with pytest.raises(InputError, match="not finite"):
+        grpo.update(model, v, torch.optim.AdamW([v]), prompts, ids, mask, logp, torch.ones(12), lr=[0.1])
+
+
+def test_the_mask_ends_with_one_stop_token():
+    """Bugs 1, 3: every stop id ends a row, the stop token itself is in the mask, nothing after it is."""
+    model = tiny(vocab=8)
+    _, ids, mask, logp = rollout(model, prompts=[[1, 2, 4]], group=64, length=20, stops=(0, 3))
+    ended = {}
+    for row, m in zip(ids, mask):
+        n = int(m.sum())
+        assert m[:n].all() and not m[n:].any() and not any(int(t) in (0, 3) for t in row[:n - 1])
+        if n < ids.shape[1]:
+            ended[int(row[n - 1])] = True
+    assert set(ended) == {0, 3} and (logp[~mask] == 0).all() and (logp[mask] < 0).all()
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn():
+    """Bug 20: the head is cut in sampler and trainer alike, so probabilities sum to 1 over real ids."""
+    model = tiny()
+    prompts, ids, mask, _ = rollout(model, group=64, vocab=10, stops=(0,))
+    assert ids.max() == 9
+    h = model.hidden(torch.tensor([[1, 2, 3]]))
+    assert model.logits(h, 10).shape[-1] == 10 and torch.equal(model.logits(h, 10), model.logits(h)[..., :10])
+    one = torch.ones(10, 1, dtype=torch.bool)
+    total = grpo.logprobs(model, [[1, 2, 3]] * 10, torch.arange(10)[:, None], one, 0.7, vocab=10).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_draw_samples_the_full_softmax():
+    """Bugs 7, 22: frequencies are the probabilities, tails included; zero-probability tokens never appear, even at the ends."""
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.1999, 0.0001, 0.0])
+    edges = torch.cat((torch.linspace(0, 1, 200001, dtype=torch.float64)[:-1], torch.tensor([1 - 2.0**-53], dtype=torch.float64)))
+    tokens = grpo.draw(p.log().expand(len(edges), -1), edges)
+    share = torch.bincount(tokens, minlength=7) / len(edges)
+    torch.testing.assert_close(share, p, atol=2e-5, rtol=0)
+    assert share[0] == share[2] == share[6] == 0
+
+
+def test_log_softmax_is_fp32():
+    """Bug 13: bf16 logits are normalised in fp32."""
+    x = torch.randn(4, 1000).bfloat16()
+    got = grpo.log_softmax(x, 0.5)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), (x.double() / 0.5).log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_advantages():
+    """Bug 11: standardised in the group; equal rewards give exactly 0, a group of 1 gives 0 and no NaN."""
+    got = grpo.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]]))
+    assert got[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-4) and (got[1:] == 0).all()
+    assert (grpo.advantages(torch.tensor([[0.3], [1.0]])) == 0).all()
+
+
+def test_loss_by_hand():
+    """Clip sides (low on negative, high on positive advantages), token level, one denominator, empty masks (bug 10), k3 KL."""
+    old = torch.zeros(2, 3)
+    logp = torch.tensor([[math.log(2.0), math.log(1.3), math.log(0.5)], [math.log(0.5), math.log(0.9), math.log(2.0)]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    got = grpo.grpo_loss(logp, old, torch.tensor([1.0, -2.0]), mask, 5, 0.2, 0.4)
+    want = -((1.4 + 1.3 + 0.5) + (-2 * 0.8 + -2 * 0.9)) / 5  # 0.5 with A > 0 and 2.0 with A < 0 are not clipped
+    assert got.item() == pytest.approx(want, rel=1e-6)
+    kl = grpo.grpo_loss(logp, logp, torch.tensor([0.0, 0.0]), mask, 5, kl=0.1, base_logp=old)
+    terms = [math.exp(-x) + x - 1 for x in logp[mask].tolist()]
+    assert kl.item() == pytest.approx(0.1 * sum(terms) / 5, rel=1e-5)
+    nothing = grpo.grpo_loss(logp, old, torch.tensor([1.0, 1.0]), mask & False, 0)
+    assert nothing.item() == 0
+    bad = logp.masked_fill(~mask, float("inf"))  # garbage behind the mask stays there
+    assert torch.isfinite(grpo.grpo_loss(bad, old, torch.tensor([1.0, -2.0]), mask, 5))
+
+
+def gradient(v, model, data, micro_tokens=10**9, **kw):
+    """v.grad as update leaves it (learning rate 0, no gradient clipping)."""
+    prompts, ids, mask, logp, advantage = data
+    optimizer = torch.optim.AdamW([v], lr=0.0, weight_decay=0.0)
+    before = [x.clone() for x in (ids, mask, logp, advantage)]
+    metrics = grpo.update(model, v, optimizer, prompts, ids, mask, logp, advantage, lr=[0.0], grad_clip=1e30, micro_tokens=micro_tokens,
+                          v_dtype=v.dtype, **kw)
+    assert all(torch.equal(a, b) for a, b in zip(before, (ids, mask, logp, advantage))), "changed in place (bug 9)"
+    return v.grad.clone(), metrics
+
+
+@functools.lru_cache
+def off_policy_batch(dtype):
+    """A batch sampled from another v, so that ratios are not 1 and some tokens are clipped."""
+    model = tiny(dtype=dtype)
+    v = tinylora.adapt(model, 5)
+    v.data = v.data.to(dtype)
+    for m in model.modules():
+        if isinstance(m, tinylora.TinyLoRALinear):
+            m.P = m.P.to(dtype)
+    prompts, ids, mask, logp = rollout(model, temperature=0.8, group=4)
+    advantage = grpo.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]])).flatten().to(dtype)
+    random_v(v, 0.05)
+    return model, v, (prompts, ids, mask, logp.to(dtype), advantage)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_gradient_equals_finite_differences(kl):
+    """Bug 16 and most others: in fp64, d loss / d v is the slope of the loss computed from scratch with plain code."""
+    model, v, data = off_policy_batch(torch.float64)
+    prompts, ids, mask, old, advantage = data
+    got, metrics = gradient(v, model, data, kl=kl, temperature=0.8)
+    assert got.abs().min() > 1e-6 and metrics["clip_fraction"] > 0
+
+    def loss(values):  # row by row, no batching, no chunks: the definition
+        kept, total = v.detach().clone(), 0.0
+        for i, prompt in enumerate(prompts):
+            n = int(mask[i].sum())
+            text = torch.tensor([prompt + ids[i, :n].tolist()])
+            both = []
+            for at in (values, torch.zeros_like(values)):
+                v.data = at
+                both.append((model(text)[0, len(prompt) - 1:-1] / 0.8).log_softmax(-1).gather(1, ids[i, :n, None])[:, 0])
+            logp, base = both
+            ratio = (logp - old[i, :n]).exp()
+            total = total - torch.minimum(ratio * advantage[i], ratio.clamp(0.8, 1.4) * advantage[i]).sum()
+            total = total + kl * ((base - logp).exp() - (base - logp) - 1).sum()
+        v.data = kept
+        return (total / mask.sum()).item()
+
+    with torch.no_grad():
+        for i in range(v.numel()):
+            h = torch.zeros_like(v)
+            h.view(-1)[i] = 1e-5
+            slope = (loss(v + h) - loss(v - h)) / 2e-5
+            assert got.view(-1)[i].item() == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradient_does_not_depend_on_the_micro_batch(dtype):
+    """Bug 8: one row at a time, a few, or all at once; with and without recomputation."""
+    model, v, data = off_policy_batch(dtype)
+    whole, metrics = gradient(v, model, data)
+    assert whole.abs().max() > 1e-3
+    for micro_tokens, kw in ((1, {}), (40, {}), (100, {"recompute": True})):
+        got, other = gradient(v, model, data, micro_tokens, **kw)
+        assert (got - whole).norm() <= (1e-6 if dtype == torch.float32 else 1e-12) * whole.norm()
+        assert other["gap"] == pytest.approx(metrics["gap"], rel=1e-4) and other["clip_fraction"] == metrics["clip_fraction"]
+
+
+def test_groups_without_signal_cost_no_forward_and_change_nothing(monkeypatch):
+    """Bug 11: skipped rows never reach the model, yet count in the denominator; all skipped gives a zero gradient."""
+    model, v, (prompts, ids, mask, old, advantage) = off_policy_batch(torch.float64)
+    seen, real = [], grpo.logprobs
+    monkeypatch.setattr(grpo, "logprobs", lambda m, p, *a, **k: seen.extend(p) or real(m, p, *a, **k))
+    got, _ = gradient(v, model, (prompts, ids, mask, old, advantage))
+    assert len(seen) == 8
+    v.grad = None
+    loss = grpo.grpo_loss(real(model, prompts, ids, mask), old, advantage, mask, int(mask.sum()))
+    loss.backward()
+    torch.testing.assert_close(got, v.grad, rtol=1e-10, atol=0)
+    seen.clear()
+    none, metrics = gradient(v, model, (prompts, ids, mask, old, torch.zeros_like(advantage)))
+    assert not seen and (none == 0).all() and metrics["gap"] is None and metrics["clip_fraction"] == 0
+
+
+def test_metrics_ignore_padding():
+    """Bug 12: the same numbers with twenty more columns of padding."""
+    model, v, (prompts, ids, mask, old, advantage) = off_policy_batch(torch.float64)
+    wide = [torch.nn.functional.pad(x, (0, 20)) for x in (ids, mask, old)]
+    _, a = gradient(v, model, (prompts, ids, mask, old, advantage))
+    _, b = gradient(v, model, (prompts, *wide, advantage))
+    assert a == pytest.approx(b, rel=1e-9)
+    assert a["entropy"] == pytest.approx(-old[mask].mean().item())
+    assert a["gap"] > 1e-3  # these rollouts are another v's: the metric must say so
+
+
+def test_minibatches_are_separate_updates():
+    """Two mini-batches = two Adam steps, each with its own denominator and learning rate."""
+    model, v, (prompts, ids, mask, old, advantage) = off_policy_batch(torch.float64)
+    keep, start = [0, 1, 2, 3, 8, 9, 10, 11], v.detach().clone()
+    part = lambda rows: ([prompts[i] for i in rows], ids[rows], mask[rows], old[rows], advantage[rows])
+    optimizer = torch.optim.AdamW([v], weight_decay=0.0)
+    grpo.update(model, v, optimizer, *part(keep), lr=[0.01, 0.02], minibatches=2, v_dtype=v.dtype)
+    both = v.detach().clone()
+    v.data = start.clone()
+    optimizer = torch.optim.AdamW([v], weight_decay=0.0)
+    for rows, lr in ((keep[:4], 0.01), (keep[4:], 0.02)):
+        grpo.update(model, v, optimizer, *part(rows), lr=[lr], v_dtype=v.dtype)
+    assert torch.equal(both, v) and not torch.equal(v, start)
+    v.data = start
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_v_dtype_rounds_the_stored_value_only(dtype):
+    """Bug 14: on a bf16 model too, v, P and Adam's state are fp32; with --v-dtype the value after a step is that type's."""
+    model = tiny(dtype=torch.bfloat16)
+    v = tinylora.adapt(model, 5)
+    prompts, ids, mask, logp = rollout(model)
+    optimizer = torch.optim.AdamW([v], weight_decay=0.0)
+    advantage = grpo.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]])).flatten()
+    for _ in range(3):
+        grpo.update(model, v, optimizer, prompts, ids, mask, logp, advantage, lr=[0.0123], v_dtype=tinylora.DTYPES[dtype])
+    assert v.dtype == torch.float32 and torch.equal(v, v.to(tinylora.DTYPES[dtype]).float()) and v.abs().min() > 0
+    assert dtype == "fp32" or not torch.equal(v * 1.001, (v * 1.001).to(tinylora.DTYPES[dtype]).float())
+    assert all(s.dtype == torch.float32 for s in optimizer.state[v].values())
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+
+
+def test_training_leaves_the_base_alone():
+    """Bug 15: nothing is merged, so setting v back to 0 gives the base model bit for bit."""
+    base, model = tiny(), tiny()
+    v = tinylora.adapt(model, 13)
+    prompts, ids, mask, logp = rollout(model)
+    advantage = grpo.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]])).flatten()
+    grpo.update(model, v, torch.optim.AdamW([v]), prompts, ids, mask, logp, advantage, lr=[0.5])
+    ids = torch.arange(20)[None]
+    assert not torch.allclose(base(ids), model(ids), atol=1e-3)
+    with torch.no_grad():
+        v.zero_()
+    assert torch.equal(base(ids), model(ids))
+
+
+def test_micro_batches_cover_every_row_once():
+    lengths = [5, 9, 2, 7, 7, 1, 30]
+    for tokens in (1, 10, 18, 1000):
+        batches = list(grpo.micro_batches(lengths, range(7), tokens))
+        assert sorted(i for b in batches for i in b) == list(range(7))
+        assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= tokens for b in batches)
+
+
+# ---------------------------------------------------------------------------------------------------- gsm8k.py
+
+ANSWERS = [  # text, strict, lenient (bug 23)
+    ("#### 18", "18", "18"), ("#### 18.", "18", "18"), ("#### $1,800", "1800", "1800"), ("#### -7", "-7", "-7"), ("#### 18.00", "18", "18"),
+    ("#### 5\nno\n#### 6", "6", "6"), ("#### 180", "180", "180"), ("#### 0018", "18", "18"), ("#### -0", "0", "0"), ("#### .5", "0.5", "0.5"),
+    ("#### -$5.50", "-5.5", "-5.5"), ("#### \u22125", "-5", "-5"), ("#### 1\u2009800", "1800", "1800"), ("#### 18%", "18", "18"),
+    ("#### 18 eggs", "18", "18"), ("The answer is 18.", None, "18"), ("so 10-3", None, "3"), ("(-3)", None, "-3"), ("", None, None),
+    ("####", None, None), ("no number", None, None), ("#### x then 7", None, "7"), ("3 then #### 4 then 9", "4", "4"),
+    ("#### 1,2,3", "1", "3"), ("in 2019,2020", None, "2020"), ("#### 7" + " x" * 200, None, "7"), ("1,234,567.0", None, "1234567"), ("\\$12", None, "12"), ("9" * 10000, None, "9" * 10000),
+]
+
+
+@pytest.mark.parametrize("text,strict,lenient", ANSWERS, ids=lambda x: repr(x)[:20])
+def test_extract_answer(text, strict, lenient):
+    assert gsm8k.extract_answer(text) == strict and gsm8k.extract_answer(text, strict=False) == lenient
+
+
+def test_reward_compares_values_not_spellings():
+    assert gsm8k.reward("#### $18.00", "He has 9 * 2 = <<9*2=18>>18\n#### 18") == 1.0
+    assert gsm8k.reward("#### 180", "#### 18") == gsm8k.reward("#### 8", "#### 18") == gsm8k.reward("it is 18", "#### 18") == 0.0
+    assert gsm8k.reward("it is 18", "#### 18", strict=False) == 1.0 and gsm8k.reward("", "#### 18", strict=False) == 0.0
+
+
+@needs_assets
+def test_gold_answers_of_gsm8k():
+    """Every one of the 8,792 solutions gives its own gold answer in strict mode."""
+    rows = [row for split in ("train", "test") for row in gsm8k.read_problems(ASSETS / "gsm8k" / f"{split}.jsonl")]
+    assert len(rows) == 8792
+    for row in rows:
+        assert gsm8k.extract_answer(row["answer"]) == row["answer"].split("#### ")[1].replace(",", "")
+
+
+def test_stop_ids_come_from_everywhere(tmp_path):
+    """Bug 3: generation_config.json (a list or one id), config.json, the tokenizer's eos_token and the known end-of-turn names."""
+    folder = shutil.copytree(TOY, tmp_path / "m")
+    end, turn = (gsm8k.Chat(TOY).tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    assert gsm8k.Chat(folder).stop_ids == {end, turn}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    (folder / "config.json").write_text('{"eos_token_id": 11}')
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["eos_token"] = {"content": "Q"}
+    config["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ eos_token }}{{ messages[0].content }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    chat = gsm8k.Chat(folder)
+    assert chat.stop_ids == {end, turn, 7, 9, 11, chat.tokenizer.token_to_id("Q")} and chat.text("x").startswith("Qx Let's")
+    (folder / "chat_template.jinja").write_text("jinja file: {{ messages[0].content }}")
+    assert gsm8k.Chat(folder).text("x").startswith("jinja file: x")
+
+
+@needs_assets
+def test_real_qwen_template_and_stop_ids():
+    """Bugs 3, 20: both of Qwen2.5's stop ids, 151,665 real ids, its template with and without a system message."""
+    chat = gsm8k.Chat(ASSETS / "qwen2.5")
+    assert chat.stop_ids == {151645, 151643} and chat.vocab == 151665
+    assert chat.text("Q?") == ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                               'Q? Let\'s think step by step and output the final answer after "####".<|im_end|>\n<|im_start|>assistant\n')
+    assert chat.text("Q?", "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert chat.prompt("Q?")[:3] == [151644, 8948, 198]
+
+
+def test_text_after_the_stop_token_is_not_decoded():
+    """Bug 4: neither the stop token nor what follows it reaches the scorer."""
+    chat = gsm8k.Chat(TOY)
+    ids = chat.tokenizer.encode("#### 12<|im_end|>#### 99").ids
+    mask = torch.arange(len(ids)) <= ids.index(chat.tokenizer.token_to_id("<|im_end|>"))
+    assert chat.decode(torch.tensor(ids), mask) == "#### 12"
+
+
+def test_templates_cannot_run_code(tmp_path):
+    """A chat template comes with the model: in the sandbox it formats messages and nothing else."""
+    for template in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% if %}", "{{ cycler.__init__.__globals__ }}", "{{ 1 / 0 }}"):
+        folder = shutil.copytree(TOY, tmp_path / str(abs(hash(template))))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(InputError, match="template fails"):
+            gsm8k.Chat(folder).text("Q?")
+
+
+@pytest.mark.parametrize("content,words", [("", ["no problems"]), ("{}\n", ["line 1", "question"]), ('{"question": "a", "answer": "1"}\n{bad\n', ["line 2", "JSON"]),
+                                           ('{"question": "a", "answer": "#### 1"}\n\n[1]\n', ["line 3"]), ('{"question": "a", "answer": "none"}', ["line 1", "number"])])
+def test_malformed_data_names_the_line(content, words, tmp_path):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(InputError) as error:
+        gsm8k.load_data(str(tmp_path))
+    assert all(word in str(error.value) for word in ["train.jsonl", *words])
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on loopback over tmp_path/www; yields its address."""
+    (tmp_path / "www").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    handler.log_message = lambda *a: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
+
+
+def test_a_download_cut_short_leaves_nothing(tmp_path, monkeypatch):
+    """The server promises more bytes than it sends."""
+    class Short(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+
+        def log_message(self, *args):
+            pass
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(gsm8k, "URL", f"http://127.0.0.1:{httpd.server_port}/")
+        with pytest.raises(InputError, match="cannot be downloaded"):
+            gsm8k.load_data("gsm8k")
+        httpd.shutdown()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_download_is_checked_and_cached(server, tmp_path, monkeypatch):
+    """A changed file is refused and leaves nothing; a good one is fetched once; no network is one clear line."""
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gsm8k, "URL", server)
+    for name in gsm8k.SHA256:
+        shutil.copy(TOY / name, tmp_path / "www" / name)
+    with pytest.raises(InputError, match="sha256"):
+        gsm8k.load_data("gsm8k")
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    monkeypatch.setattr(gsm8k, "SHA256", {n: gsm8k.hashlib.sha256((TOY / n).read_bytes()).hexdigest() for n in ("train.jsonl", "test.jsonl")})
+    assert len(gsm8k.load_data("gsm8k")[1]) == 1000
+    monkeypatch.setattr(gsm8k, "URL", "http://127.0.0.1:9/")  # nobody listens there
+    assert len(gsm8k.load_data("gsm8k")[0]) == 4000
+    os.truncate(tmp_path / "cache" / "gsm8k" / "test.jsonl", 100)  # a half file is not trusted
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        gsm8k.load_data("gsm8k")
+
+
+# ------------------------------------------------------------------------------------------------ toy, train.py
+
+def test_toy_is_held_out_and_small(tmp_path):
+    """make.py makes these very problems; no test question is in the training file; the model fits 8 MB; digits are split one by one; make.py uses the paper's instruction."""
+    train_set, test_set = gsm8k.load_data(str(TOY))
+    assert len(test_set) >= 500 and not {p["question"] for p in train_set} & {p["question"] for p in test_set}
+    assert (TOY / "model.safetensors").stat().st_size <= 8e6
+    chat = gsm8k.Chat(TOY)
+    assert [t for t in chat.tokenizer.encode("12 345").tokens if t.isdigit()] == list("12345")
+    spec = importlib.util.spec_from_file_location("make", TOY / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert make.INSTRUCTION == gsm8k.INSTRUCTION
+    assert chat.text("Q?") == make.chat("Q?", "", make.DEFAULT_SYSTEM)[0]
+    held_out = make.write_problems(Path(tmp_path), np.random.RandomState(0))
+    assert all((tmp_path / name).read_bytes() == (TOY / name).read_bytes() for name in ("train.jsonl", "test.jsonl")) and len(held_out) == 1000
+    problems = [make.problem(np.random.RandomState(i)) for i in range(300)]
+    for _, steps, _ in problems:
+        assert all({"+": a + b, "-": a - b}[sign] == c >= 0 for a, sign, b, c in steps)
+
+
+def test_toy_can_but_does_not():
+    """Told to be careful it is right at least 99% of the time; left alone, less than half."""
+    model, chat, problems = transformer.load(TOY), gsm8k.Chat(TOY), gsm8k.load_data(str(TOY))[1][:300]
+    args = train.parse(["--out", "unused"])
+    score = {}
+    for args.system in ("You are a careful assistant. You write down every step.", None):
+        score[args.system] = [train.evaluate(model, chat, problems, args, "", sampled)["strict"] for sampled in (False, True)]
+    careful, alone = score.values()
+    assert careful[0] >= 0.99 and max(alone) <= 0.5, score
+
+
+TINY_RUN = ["--steps", "2", "--prompts", "4", "--group", "4", "--max-new-tokens", "24", "--eval-count", "8"]
+
+
+def test_a_short_run_writes_everything(tmp_path, capsys):
+    """The whole of train.py, tiny: files, one log row a step, the adapter evaluates to the run's own final score."""
+    out = tmp_path / "run"
+    assert train.main(["--params", "13", *TINY_RUN, "--seed", "5", "--eval-every", "1", "--v-dtype", "bf16", "--out", str(out)]) == 0
+    summary, log = json.loads((out / "summary.json").read_text()), [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    assert summary["params"] == 13 and summary["adapter_bytes"] == 26 and summary["eval_count"] == 8 and summary["steps"] == 2 == len(log)
+    keys = "params adapter_bytes base_strict base_lenient final_strict final_lenient base_sampled final_sampled eval_count steps tokens seconds seed model data"
+    assert set(keys.split()) <= set(summary) and summary["tokens"] == sum(row["tokens"] for row in log)
+    assert log[0]["gap"] < 1e-5 and "eval_strict" in log[0] and log[1]["lr"] > 0
+    assert json.loads((out / "config.json").read_text())["seed"] == 5
+    sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["response"]
+    text = capsys.readouterr().out
+    assert "13 trainable numbers, 26 bytes" in text and "+-" in text and "next: python train.py --eval-only" in text
+    again, command = tmp_path / "again", shlex.split(text.split("next: python train.py ")[1])
+    assert train.main([*command, "--out", str(again)]) == 0
+    result = json.loads((again / "summary.json").read_text())
+    assert (result["strict"], result["sampled"]) == (summary["final_strict"], summary["final_sampled"])  # bug 24: fixed questions, fixed noise
+    assert train.main(["--params", "13", *TINY_RUN, "--out", str(out)]) == 2  # a run is never written over
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_every_other_flag_reaches_the_run(tmp_path):
+    """--tie, --kl, --recompute, --reward lenient, --system, --minibatches; then training on from the adapter it made."""
+    assert train.main([*TINY_RUN, "--params", "14", "--tie", "structured", "--kl", "0.01", "--recompute", "--reward", "lenient", "--system", "Be brief.", "--lr", "0.05",
+                       "--minibatches", "2", "--rollout-rows", "8", "--micro-tokens", "500", "--out", str(tmp_path / "a")]) == 0
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert log[1]["kl"] >= 0 and json.loads((tmp_path / "a" / "config.json").read_text())["tinylora"]["tie"] == "structured"
+    assert all(json.loads(x)["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>") for x in (tmp_path / "a" / "samples.jsonl").read_text().splitlines())
+    adapter = tmp_path / "a" / "adapter.safetensors"
+    assert train.main([*TINY_RUN, "--adapter", str(adapter), "--steps", "0", "--out", str(tmp_path / "b")]) == 0
+    assert torch.equal(load_file(tmp_path / "b" / "adapter.safetensors")["v"], load_file(adapter)["v"])
+    assert train.main([*TINY_RUN, "--adapter", str(adapter), "--rank", "3", "--out", str(tmp_path / "c")]) == 2
+
+
+def test_same_seed_same_run(tmp_path):
+    """Two runs with one seed agree to the last bit; another seed does not."""
+    got = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train.main([*TINY_RUN, "--eval-count", "1", "--lr", "0.05", "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
+        got.append(load_file(tmp_path / name / "adapter.safetensors")["v"])
+    assert torch.equal(got[0], got[1]) and not torch.equal(got[0], got[2])
+
+
+def test_model_folder_defaults_and_their_limits(tmp_path, capsys):
+    """tinylora.json in a model folder sets flags; the command line wins; it may not name outputs or unknown flags."""
+    folder = shutil.copytree(TOY, tmp_path / "m")
+    (folder / "tinylora.json").write_text(json.dumps({"steps": 7, "lr": 0.5, "data": ".", "max-new-tokens": 33}))
+    args = train.parse(["--model", str(folder), "--lr", "0.25"])
+    assert (args.steps, args.lr, args.max_new_tokens, args.group) == (7, 0.25, 33, 4) and Path(args.data) == folder
+    for bad in ({"out": "/tmp/x"}, {"no-such-flag": 1}, {"steps": "many"}, {"tie": "knotted"}, {"lr": [1]}):
+        (folder / "tinylora.json").write_text(json.dumps(bad))
+        assert train.main(["--model", str(folder)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--params", "0"], ["--params", "1e3"], ["--params", "-1"], ["--group", "1"], ["--steps", "x"], ["--lr", "0"], ["--lr", "nan"],
+                                   ["--temperature", "0"], ["--tie", "structured"], ["--params", "13", "--u", "2"], ["--rank", "999"], ["--seed", "-1"], ["--seed", "4294967296"], ["--u", "3"], ["--device", "mps"],
+                                   ["--prompts", "5", "--minibatches", "2"], ["--adapter", "nowhere.safetensors"], ["--data", "nowhere"], ["--nonsense"],
+                                   ["--model", "nowhere"], ["--model", "no-such-owner/no-such-model"], ["--device", "abacus"], ["--kl", "-1"], ["--steps", "-1"],
+                                   ["--out", "/proc/nowhere"], ["--adapter", str(TOY / "model.safetensors")], ["--eval-count", "0"]], ids=" ".join)
+def test_silly_flags_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
+    """Exit code 2 and one line, never a traceback."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train.main(["--out", str(tmp_path / "out"), "--eval-count", "2", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+
+
+def start(*flags, **kw):
+    return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def test_ctrl_c_keeps_the_adapter_and_the_log(tmp_path):
+    """Interrupted in the middle of training: exit 130, no traceback, adapter and log so far are there."""
+    process = start("--steps", "1000", "--prompts", "4", "--group", "4", "--eval-count", "2", "--lr", "0.05", "--out", str(tmp_path / "run"))
+    for line in process.stdout:
+        if line.startswith("step   3"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 3
+    v, _ = tinylora.read(tmp_path / "run" / "adapter.safetensors")
+    assert v.numel() == 13 and v.abs().max() > 0
+
+
+def test_full_disk_ends_in_one_line(tmp_path):
+    """No file may grow past 6 kB, as on a full disk: exit 2, one line that names the file; log rows are whole, the adapter is kept."""
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+    process = start(*TINY_RUN, "--steps", "100", "--out", str(tmp_path / "run"), preexec_fn=limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in errors and errors.strip().count("\n") == 0
+    assert errors.startswith("error: ") and "log.jsonl" in errors
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) > 5 and not list((tmp_path / "run").glob("*.tmp*"))
+    assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
+
+
+@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py"])
+def test_files_stay_short_and_light(name):
+    """350 lines at most, and nothing imported beyond torch, safetensors, tokenizers, numpy and what those bring."""
+    import ast
+    text = (ROOT / name).read_text()
+    assert len(text.splitlines()) <= 350
+    found = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
+             for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k"}
+    assert found - allowed <= set(sys.stdlib_module_names)

@@ -1,0 +1,246 @@
+"""TinyLoRA: every linear layer of a frozen model is bent by a few numbers ("Learning to Reason in 13 Parameters",
+Morris et al., arXiv 2602.04118, section on TinyLoRA).
+
+    y = W x + U S R V^T x,        R = sum_i v_i P_i / sqrt(u)
+
+W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs), frozen. P_1 ... P_u are fixed
+random r x r matrices, different for every module. v (u numbers) is all that learns, and modules share it: with
+13 groups and u = 1 a whole model learns 13 numbers. v starts at 0, so step 0 is the base model bit for bit.
+W is never merged: a merged bf16 weight rounds most of such a small change away.
+
+SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Here P ~ N(0, 1), there
+is no alpha, v = 0 at the start. Adam moves v by about lr a step whatever the gradient's size, so what counts is
+lr x scale, and a learning rate carries over like this (u = 1, r = 2: ours = 16 x fork = 0.71 x PEFT):
+
+    implementation   delta W                               P entries    std of (R / v) per entry   lr here =
+    this file        U S R V^T                             N(0, 1)      1/sqrt(u)                  lr
+    author's fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)      16/sqrt(u)                 16 x lr_fork
+    PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)    1/sqrt(r)                  sqrt(u/r) x lr_peft
+
+S stands left of R here, right of it in the fork and on both sides in PEFT: entry (i, j) of R is weighted by s_i,
+s_j and sqrt(s_i s_j). That cannot be undone by a learning rate; the diagonal agrees.
+
+THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes of data for 13 numbers in bf16. It is
+enough because all else can be rebuilt exactly: P comes from numpy's RandomState, a stream frozen by policy, seeded
+by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified by a fingerprint. Bit for bit on the same machine; elsewhere to
+the SVD's tolerance (another thread count or device sums in another order). U S and V are kept in the base's dtype.
+"""
+import hashlib
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from model import InputError, replacing
+
+TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in forward order: tiling runs over them so
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VERSION = "1"
+
+
+@torch.no_grad()
+def truncated_svd(W, rank, tol=1e-5, max_iters=100):
+    """The top `rank` singular triplets of W (m, n), in fp32: U (m, rank), S (rank,), V (n, rank), residual.
+
+    Subspace iteration on W^T W that keeps its past: each round adds the residuals of the leading Ritz vectors to an
+    orthonormal basis and solves the small problem again (block Lanczos with thick restarts), so a few passes over W
+    do what dozens of plain power iterations do. It stops when ||W^T u_i - s_i v_i|| <= tol * s_1 for every i; that
+    largest residual, divided by s_1, is returned. Nearly equal singular values may stop it short; then a full SVD
+    settles the matter. Signs: the entries of each u sum to a positive number (u and v flip together).
+    InputError: the rank does not fit, or W holds NaN or infinity.
+    """
+    m, n = W.shape
+    if W.is_meta:  # shapes are enough to count a 7B model's trainable numbers
+        return W.new_empty(m, rank), W.new_empty(rank), W.new_empty(n, rank), 0.0
+    if not 1 <= rank <= min(m, n):
+        raise InputError(f"--rank {rank} does not fit a weight of shape {m} x {n}: use 1 to {min(m, n)}")
+    W = W.float()
+    if not W.isfinite().all():
+        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
+    A = W if n <= m else W.T  # iterate on the short side
+    width = min(rank + 6, A.shape[1])
+    keep, limit = 3 * width, max(16 * width, 64)
+    block = torch.from_numpy(np.random.RandomState(0).standard_normal((A.shape[1], width))).to(W)
+    K = Z = W.new_empty(A.shape[1], 0)  # the basis, and A^T A times it
+    residual = math.inf
+    for _ in range(max_iters):
+        for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
+            block = torch.linalg.qr(block - K @ (K.T @ block))[0]
+        block = block[:, :A.shape[1] - K.shape[1]]  # the basis may fill the space; then the result is exact
+        K, Z = torch.cat((K, block), 1), torch.cat((Z, A.T @ (A @ block)), 1)
+        small = (K.T @ Z).double()
+        values, vectors = torch.linalg.eigh((small + small.T) / 2)
+        vectors = vectors.flip(1).to(W)  # descending
+        S = values.flip(0).clamp(min=1e-30).sqrt().to(W)
+        right = K @ vectors[:, :width]
+        block = Z @ vectors[:, :width] - right * S[:width]**2
+        residual = (block[:, :rank].norm(dim=0) / S[:rank]).max().item() / S[0].item()
+        if residual <= tol or K.shape[1] == A.shape[1]:
+            break
+        if K.shape[1] >= limit:
+            K, Z = K @ vectors[:, :keep], Z @ vectors[:, :keep]
+    right, S = right[:, :rank], S[:rank]
+    left = A @ right / S
+    if residual > 10 * tol:
+        left, S, right = torch.linalg.svd(A, full_matrices=False)
+        left, S, right, residual = left[:, :rank], S[:rank], right[:rank].T, 0.0
+    U, V = (left, right) if A is W else (right, left)
+    sign = torch.where(U.double().sum(0) < 0, -1.0, 1.0).to(W)
+    return U * sign, S, V * sign, residual
+
+
+class TinyLoRALinear(nn.Module):
+    """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row."""
+
+    def __init__(self, base, v, group, rank, seed, index):
+        super().__init__()
+        self.base, self.v, self.group = base, v, group
+        W, u = base.weight, v.shape[1]
+        U, S, V, self.residual = truncated_svd(W, rank)
+        self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
+        self.register_buffer("US", (U * S).to(W.dtype).contiguous(), persistent=False)   # (d_out, r)
+        # A stream of its own per module. Every seed in this project has four words, the first saying what for: numpy
+        # folds short keys, so that [5, 3] and [5, 3, 3, 1] would be one stream.
+        P = np.random.RandomState([1, seed, index, 0]).standard_normal((u, rank, rank))
+        self.register_buffer("P", torch.from_numpy(P).to(v) / math.sqrt(u), persistent=False)  # (u, r, r), fp32
+
+    def core(self):
+        """R (r, r), in v's precision."""
+        return torch.einsum("u,uij->ij", self.v[self.group], self.P)
+
+    def forward(self, x):  # (..., d_in) -> (..., d_out)
+        y, R = self.base(x), self.core()
+        h = F.linear(x, self.Vt)  # (..., r)
+        h = F.linear(h.to(R.dtype), R).to(x.dtype)  # R stays fp32: rounded to bf16, a small step of v would vanish
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.US.T).view_as(y)
+
+
+def plan(layers, params=None, u=None, n_tie=None, tie="tiled"):
+    """Which group each of the 7 * layers modules belongs to: (group of each module, groups, u, n_tie or None).
+
+    Trainable numbers = groups x u. tiled: consecutive modules share; structured: per module type, consecutive
+    layers share. Groups follow the paper's rule, index // n_tie, where some n_tie gives their number (13 on 196
+    modules: 12 groups of 16 and one of 4), else they are contiguous with sizes that differ by at most one. With
+    more numbers than modules, groups = the largest divisor of params that is at most the number of modules.
+    (n_tie = ceil(modules / groups) is used where several would do. Figure 1's points at 2, 4 and 7 numbers have
+    n_tie 128, 64 and 32: ask for those with --n-tie.) InputError when the wishes do not fit together.
+    """
+    kinds, span = (1, 7 * layers) if tie == "tiled" else (7, layers)  # `kinds` rows of `span` modules are divided
+    for name, value in (("params", params), ("u", u), ("n-tie", n_tie)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1")
+    if n_tie is not None:
+        groups = kinds * math.ceil(span / n_tie)
+        u = u or max(1, (params or groups) // groups)
+    else:
+        asked, params = f"--params {params}" if params else "--params 13 (the default)", params or 13
+        fits = [g for g in range(kinds, kinds * span + 1, kinds) if params % g == 0 and u in (None, params // g)]
+        if not fits:
+            raise InputError(f"{asked} cannot be had with --tie {tie}" + (f" and --u {u}" if u else "")
+                             + f": numbers = groups x u, and {tie} groups are {kinds}, {2 * kinds} ... {kinds * span}")
+        groups, u = fits[-1], params // fits[-1]
+    if params not in (None, groups * u):
+        raise InputError(f"--params {params} does not agree with the rest: {groups} groups x u {u} = {groups * u}")
+    per = groups // kinds
+    rule = n_tie or math.ceil(span / per)
+    if math.ceil(span / rule) == per:
+        n_tie, row = rule, [i // rule for i in range(span)]
+    else:
+        row = [i * per // span for i in range(span)]
+    if tie == "tiled":
+        return row, groups, u, n_tie
+    return [kind * per + row[layer] for layer in range(layers) for kind in range(7)], groups, u, n_tie
+
+
+@torch.no_grad()
+def fingerprint(model):
+    """sha256 of the config and of 64 evenly spaced values of every weight, each rounded to bf16.
+
+    The rounding makes a checkpoint loaded in fp32 and in bf16 the same base, as it is.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+        sample = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, progress=lambda items: items):
+    """Freeze the model, put a TinyLoRALinear in the place of all 7 linears of every block; returns v (groups, u), fp32, zeros.
+
+    params: how many numbers to train in all (None: 13, or what u and n_tie make). The settings that an adapter file
+    needs are left in model.adapter. progress: wraps the iteration over modules (tqdm). InputError: see plan.
+    """
+    if hasattr(model, "adapter"):
+        raise ValueError("this model carries an adapter already")
+    if seed < 0 or seed >= 2**32:
+        raise InputError(f"--seed {seed}: must be 0 to {2**32 - 1}")
+    group_of, groups, u, n_tie = plan(len(model.layers), params, u, n_tie, tie)
+    model.requires_grad_(False)
+    weight = model.embed_tokens.weight
+    settings = {"rank": rank, "u": u, "tie": tie, "n_tie": n_tie or 0, "groups": groups, "seed": seed,
+                "targets": ",".join(TARGETS), "base": "meta" if weight.is_meta else fingerprint(model)}
+    v = nn.Parameter(torch.zeros(groups, u, dtype=torch.float32, device=weight.device))
+    places = [(layer, target) for layer in model.layers for target in TARGETS]
+    for index, (layer, target) in enumerate(progress(places)):
+        parent, name = target.split(".")
+        parent = getattr(layer, parent)
+        try:
+            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], rank, seed, index))
+        except InputError as error:
+            raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
+    model.adapter = settings
+    return v
+
+
+def save(path, v, model, dtype="fp32"):
+    """Write v alone, as `dtype`, with model.adapter as metadata. Written to a temporary name and renamed."""
+    metadata = {"format": "tinylora", "version": VERSION} | {k: str(x) for k, x in model.adapter.items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(to_bytes({"v": v.detach().flatten().to("cpu", DTYPES[dtype])}, metadata))
+
+
+def read(path):
+    """An adapter file -> (v flat, as stored; settings as strings). InputError says what is wrong with the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != "tinylora" or names != ["v"]:
+                raise InputError(f"{path}: is not a TinyLoRA adapter (it should hold one tensor, v, and say so)")
+            if metadata.get("version") != VERSION:
+                raise InputError(f"{path}: adapter version {metadata.get('version')!r}, this code reads {VERSION!r}")
+            return file.get_tensor("v"), metadata
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as an adapter ({error})") from None
+
+
+@torch.no_grad()
+def load(path, model, progress=lambda items: items):
+    """Put the adapter in `path` on `model` and return v. A bare model is adapted with the file's own settings; one that
+    is adapted already must have the same. InputError says what differs: another base, other settings, a wrong count.
+    """
+    stored, metadata = read(path)
+    try:
+        wish = {k: int(metadata[k]) for k in ("rank", "u", "n_tie", "groups", "seed")} | {k: metadata[k] for k in ("tie", "targets", "base")}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its metadata is damaged ({error})") from None
+    here = getattr(model, "adapter", None) or {"base": fingerprint(model), "targets": ",".join(TARGETS)}
+    differs = [f"{k} is {wish[k]} in the file and {here[k]} here" for k in here if wish[k] != here[k]]
+    if differs:
+        raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
+    if wish["tie"] not in ("tiled", "structured") or stored.dim() != 1 or stored.numel() != wish["groups"] * wish["u"]:
+        raise InputError(f"{path}: holds {stored.numel()} numbers, its metadata says {wish['groups']} groups x u {wish['u']}, tie {wish['tie']}")
+    if not hasattr(model, "adapter"):
+        adapt(model, stored.numel(), wish["u"], wish["n_tie"] or None, wish["tie"], wish["rank"], wish["seed"], progress)
+    v = model.layers[0].self_attn.q_proj.v
+    v.copy_(stored.view_as(v))
+    return v
