@@ -96,8 +96,8 @@ def read_config(folder):
         raise InputError(f"{path}: quantization_config is set; quantised weights are not supported, use the original checkpoint")
     if raw.get("use_sliding_window") or "sliding_attention" in str(raw.get("layer_types")):
         raise InputError(f"{path}: use_sliding_window (or a sliding layer type) is on; only full attention is supported")
-    for field, supported in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", kind == "qwen2")):
-        if raw.get(field, supported) != supported:
+    for field, supported in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
+        if raw.get(field, supported) != supported and (kind, field) != ("qwen2", "attention_bias"):  # Qwen2 has its bias whatever that says
             raise InputError(f"{path}: {field} is {raw[field]!r}; only {supported!r} is supported for {kind}")
 
     def number(field, kind=int, default=None):

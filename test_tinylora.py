@@ -65,7 +65,7 @@ def write_folder(folder, model, shards=1):
     raw = {"model_type": c.model_type, "architectures": ["Qwen2ForCausalLM"], "vocab_size": c.vocab_size, "hidden_size": c.hidden_size,
            "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_hidden_layers, "hidden_act": "silu",
            "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
-           "rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_word_embeddings}
+           "attention_bias": False, "rms_norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_word_embeddings}
     if c.rope_scaling:
         raw["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
     folder.mkdir(exist_ok=True)
