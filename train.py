@@ -119,7 +119,7 @@ def check(args):
         raise InputError(f"--prompts {args.prompts} cannot be split into --minibatches {args.minibatches}")
     if args.adapter and not Path(args.adapter).is_file():
         raise InputError(f"--adapter {args.adapter}: no such file")
-    if args.out and (Path(args.out) / "config.json").exists():
+    if args.out and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
         raise InputError(f"--out {args.out}: holds a run already; choose another folder")
     try:
         if not args.device.startswith(("cpu", "cuda")):
