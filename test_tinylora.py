@@ -143,6 +143,8 @@ def test_logits_equal_transformers(kw, tmp_path):
     from transformers import AutoModelForCausalLM
     folder = write_folder(tmp_path, tiny(**kw))
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformer.load(folder)
+    names = {n.removeprefix("model.") for n in theirs.state_dict()}  # a bias left out on both sides would go unseen below
+    assert set(ours.state_dict()) | {"lm_head.weight"} == names | {"lm_head.weight"}
     ids = torch.from_numpy(np.random.RandomState(1).randint(0, 50, (3, 40)))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
