@@ -1,10 +1,10 @@
 """Make the toy from nothing: word problems, a Qwen2.5-style tokenizer, and a small model trained on mixed habits.
 
-    python toy/make.py                 # rewrites toy/ except this file and tinylora.json; about 20 minutes on 2 cores
+    python toy/make.py                 # rewrites toy/ except this file and tinylora.json; about 15 minutes on 2 cores
 
 The model reads problems like GSM8K's. Its training text solves them in three ways, as the web does: CAREFUL (every
 step written down, always right), HASTY (one line, often wrong) and GUESS (a number, sometimes without the "####"
-line). Half of the time a system message announces which way follows; half of the time nothing does. So the
+line). Sometimes a system message announces which way follows; else it goes with the tone of the question. So the
 ability is in the weights, and left alone the model mostly does not use it: that gap is what RL can close.
 """
 import argparse
