@@ -16,14 +16,19 @@ its fork's scripts) in brackets.
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, summed over tokens and divided by ONE
     number, all response tokens of the optimizer's batch (token level, as DAPO): no 1/|o| length bias, no mean of
     means, the same gradient for any micro-batch size.
- 7. No KL to the base by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator to each token; the base is v = 0.
+ 7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator to each token, to the policy that training
+    started from: the base model, v = 0, or what --adapter brought.
  8. A step's problems are split into mini-batches [2 of 32], one Adam update each [AdamW 0.9, 0.999; no weight decay].
     Groups without signal are skipped before their forward pass; their tokens still count in 6's denominator, so the
     skip changes nothing but the time. (With kl > 0 nothing is skipped.)
  9. The gradient is clipped to a norm [1.0]. v and Adam's state are fp32; with --v-dtype bf16 or fp16 the value kept
     after each update is rounded to that type.
+
+`params` below is the list of trained tensors: [v] for TinyLoRA, A and B of every layer for LoRA, all weights for full
+finetuning. sft_update is what GRPO is compared with: the likelihood of given responses, through the same log-probs.
 """
 import math
+from contextlib import contextmanager
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -159,13 +164,43 @@ def micro_batches(lengths, rows, tokens):
         yield batch
 
 
-def update(model, v, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, minibatches=1, temperature=1.0, vocab=None, clip_low=0.2,
-           clip_high=0.4, kl=0.0, grad_clip=1.0, micro_tokens=4096, recompute=False, v_dtype=torch.float32):
-    """One step's updates on v. prompts: one list of ids per row; ids, mask, old_logp (B, T), advantage (B,), from the rollout.
+@contextmanager
+def with_values(params, values):
+    """Inside the block the trained tensors hold other values; an interrupt must not leave them so."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        for p, value in zip(params, values):
+            p.detach().copy_(value)
+        yield
+    finally:
+        for p, value in zip(params, kept):
+            p.detach().copy_(value)
 
-    lr: one learning rate per update. Rows are split into `minibatches` parts in order (keep groups together: B and the
+
+def optimizer_step(params, optimizer, lr, grad_clip, v_dtype):
+    """Clip, step, round to v_dtype; returns the gradient's norm. InputError when that is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).item()
+    if not math.isfinite(norm):
+        raise InputError("the gradient is not finite: v has grown too large (lower --lr), or --temperature is extreme")
+    for settings in optimizer.param_groups:
+        settings["lr"] = lr
+    optimizer.step()
+    for p in params:
+        p.detach().copy_(p.detach().to(v_dtype))
+    return norm
+
+
+def total_norm(params):
+    return sum(p.detach().double().square().sum().item() for p in params)**0.5
+
+
+def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, minibatches=1, temperature=1.0, vocab=None, clip_low=0.2,
+           clip_high=0.4, kl=0.0, reference=None, grad_clip=1.0, micro_tokens=4096, recompute=False, v_dtype=torch.float32):
+    """One step's updates on params. prompts: one list of ids per row; ids, mask, old_logp (B, T), advantage (B,), from the rollout.
+
+    lr: one learning rate per update. reference: params' values in the policy that kl > 0 holds on to. Rows are split into `minibatches` parts in order (keep groups together: B and the
     group must divide). Returns metrics over what was seen: gap (None: no row had a signal), clip_fraction, kl, entropy,
-    grad_norm, v_norm.
+    grad_norm, v_norm (of all params together).
     """
     B, device = len(prompts), ids.device
     lengths = [len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())]
@@ -175,7 +210,8 @@ def update(model, v, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, 
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
         denominator = int(mask[start:end].sum())
         rows = [i for i in range(start, end) if kl > 0 or weight[i] != 0]
-        v.grad = torch.zeros_like(v)
+        for p in params:
+            p.grad = torch.zeros_like(p)
         for batch in micro_batches(lengths, rows, micro_tokens):
             at = torch.tensor(batch, device=device)
             width = int(mask[at].sum(1).max())
@@ -183,13 +219,8 @@ def update(model, v, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, 
             some = [prompts[i] for i in batch]
             base_logp = None
             if kl > 0:
-                with torch.no_grad():
-                    kept = v.clone()
-                    try:
-                        v.zero_()
-                        base_logp = logprobs(model, some, ids[at, :width], m, temperature, vocab)
-                    finally:  # an interrupt must not leave v at 0
-                        v.copy_(kept)
+                with torch.no_grad(), with_values(params, reference):
+                    base_logp = logprobs(model, some, ids[at, :width], m, temperature, vocab)
             logp = logprobs(model, some, ids[at, :width], m, temperature, vocab, recompute)
             grpo_loss(logp, old, adv, m, denominator, clip_low, clip_high, kl, base_logp).backward()
             with torch.no_grad():
@@ -200,14 +231,30 @@ def update(model, v, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, 
                 if part == 0:  # before any update: what remains between sampler and trainer is rounding
                     gap, first_tokens = gap + delta.abs().sum().item(), first_tokens + tokens
                 seen += tokens
-        norms.append(torch.nn.utils.clip_grad_norm_([v], grad_clip).item())
-        if not math.isfinite(norms[-1]):
-            raise InputError("the gradient is not finite: v has grown too large (lower --lr), or --temperature is extreme")
-        for settings in optimizer.param_groups:
-            settings["lr"] = lr[part]
-        optimizer.step()
-        with torch.no_grad():
-            v.copy_(v.to(v_dtype))
+        norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
     return {"gap": gap / first_tokens if first_tokens else None, "clip_fraction": clipped / max(seen, 1), "kl": divergence / max(seen, 1),
             # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
-            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": v.norm().item()}
+            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
+
+
+def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=4096,
+               recompute=False, v_dtype=torch.float32):
+    """One step's updates by supervised finetuning: the mean -log p of all tokens under mask (responses, stop token included).
+
+    prompts: one list of ids per row; ids, mask (B, T); lr and minibatches as in update. Returns metrics: loss (nats per
+    token, over the step), grad_norm, v_norm.
+    """
+    lengths = [len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())]
+    total, norms = 0.0, []
+    bounds = [len(prompts) * i // minibatches for i in range(minibatches + 1)]
+    for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        denominator = int(mask[start:end].sum())
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for batch in micro_batches(lengths, range(start, end), micro_tokens):
+            at = torch.tensor(batch, device=ids.device)
+            loss = -logprobs(model, [prompts[i] for i in batch], ids[at], mask[at], vocab=vocab, recompute=recompute).sum()
+            (loss / denominator).backward()
+            total += loss.item()
+        norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
+    return {"loss": total / int(mask.sum()), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}

@@ -1,15 +1,21 @@
-"""Problems, prompts and rewards for GSM8K and files shaped like it.
+"""Problems, prompts and rewards: GSM8K and files shaped like it, MATH and files shaped like that.
 
-Two scores, always reported side by side, because much of a gain can be answer format (arXiv 2602.04118 reports the
+Three scores, always reported side by side, because much of a gain can be answer format (arXiv 2602.04118 reports the
 strict one; on the lenient one a careful reproduction saw far less at 13 numbers):
     strict   the text must say "#### <number>" in its last 300 characters, the paper's rule; the last one counts.
     lenient  the strict answer if there is one, else the last number anywhere in the text.
+    format   the text says "#### <number>" there, whatever the number. Trained on (--reward format), it is the control:
+             what it gains on the other two was format.
+
+A row with a "problem" instead of a "question" is MATH's kind: the prompt asks for \\boxed{}, strict and format want the
+last \\boxed{} of the text, and answers are LaTeX, compared by `same` below.
 """
 import hashlib
 import http.client
 import json
 import os
 import re
+import time
 import urllib.request
 from pathlib import Path
 
@@ -19,7 +25,9 @@ from tokenizers import Tokenizer
 
 from model import InputError, read_json, replacing
 
+SCORES = ("strict", "lenient", "format")
 INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'  # the paper's, one user turn
+BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # SimpleRL's boxed template
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
           "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
@@ -49,10 +57,17 @@ def extract_answer(text, strict=True):
     return canonical(found[-1]) if found else None
 
 
-def reward(text, answer, strict=True):
-    """1.0 if `text` gives the number that `answer` ends in (a worked solution with "####", or the bare number), else 0.0."""
-    gold = extract_answer(answer, strict=False)
-    return float(gold is not None and extract_answer(text, strict) == gold)
+def score(text, problem):
+    """{"strict", "lenient", "format": 1.0 or 0.0} of a response to a row of read_problems."""
+    if problem["boxed"]:
+        answer, gold = boxed(text), problem["answer"]
+        strict = answer is not None and same(answer, gold)
+        last = extract_answer(text, strict=False) if answer is None else None
+        lenient = strict or (last is not None and same(last, gold))
+    else:
+        answer, gold = extract_answer(text), problem["gold"]
+        strict, lenient = answer == gold, extract_answer(text, strict=False) == gold
+    return {"strict": float(strict), "lenient": float(lenient), "format": float(bool(answer))}
 
 
 def download(name, folder):
@@ -76,7 +91,12 @@ def download(name, folder):
 
 
 def read_problems(path):
-    """A jsonl file of {"question", "answer"} -> a list of dicts. InputError names the file and the line."""
+    """A jsonl file -> a list of {"prompt": the user's turn, "answer", "boxed", "gold" (GSM8K's kind), "solution" (or None)}.
+
+    Rows have "question" and "answer" (a worked solution that ends in "#### <number>", or the bare number), or MATH's
+    "problem" and "answer" (LaTeX or a number; "solution" beside it, if at all). Rows of MATH's kind with an empty answer
+    are left out, as its copies have a few. InputError names the file and the line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028
     except (OSError, ValueError) as error:
@@ -89,23 +109,38 @@ def read_problems(path):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {n}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("question", "answer")):
-            raise InputError(f'{path}, line {n}: needs "question" and "answer", both text')
-        if extract_answer(row["answer"], strict=False) is None:
+        row = row if isinstance(row, dict) else {}
+        is_boxed = isinstance(row.get("problem"), str)
+        question, answer, solution = row.get("problem" if is_boxed else "question"), row.get("answer"), row.get("solution")
+        if type(answer) in (int, float):
+            answer = f"{answer:.0f}" if answer == answer // 1 else str(answer)
+        if not isinstance(question, str) or not isinstance(answer, str) or not question.strip() or not (is_boxed or answer.strip()):
+            raise InputError(f'{path}, line {n}: needs "question" and "answer", or "problem" and "answer", all text')
+        if is_boxed:
+            if answer.strip():
+                rows.append({"prompt": question + BOXED_INSTRUCTION, "answer": answer, "boxed": True, "solution": solution if isinstance(solution, str) else None})
+            continue
+        gold = extract_answer(answer, strict=False)
+        if gold is None:
             raise InputError(f"{path}, line {n}: there is no number in its answer")
-        rows.append(row)
+        worked = re.sub("<<.*?>>", "", answer) if "####" in answer else None  # <<2*3=6>> is for calculators, not for readers
+        rows.append({"prompt": question + INSTRUCTION, "answer": answer, "boxed": False, "gold": gold, "solution": worked})
     if not rows:
         raise InputError(f"{path}: holds no problems")
     return rows
 
 
-def load_data(data):
-    """--data -> (train, test): "gsm8k" is downloaded once into the cache, anything else is a folder."""
+def load_data(data, eval_only=False):
+    """--data -> (train, test): "gsm8k" is downloaded once into the cache, anything else is a folder; a file is for evaluation."""
     if data == "gsm8k":
         cache = Path(os.environ.get("TINYLORA_CACHE") or Path.home() / ".cache" / "tinylora") / "gsm8k"
         return tuple(read_problems(download(name, cache)) for name in SHA256)
+    if Path(data).is_file():
+        if not eval_only:
+            raise InputError(f"--data {data}: one file is enough for --eval-only; training takes a folder with train.jsonl and test.jsonl")
+        return [], read_problems(data)
     if not Path(data).is_dir():
-        raise InputError(f"--data {data}: no such folder; use gsm8k, or a folder with train.jsonl and test.jsonl")
+        raise InputError(f"--data {data}: no such file or folder; use gsm8k, or a folder with train.jsonl and test.jsonl")
     return tuple(read_problems(Path(data) / f"{split}.jsonl") for split in ("train", "test"))
 
 
@@ -137,6 +172,7 @@ class Chat:
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
         env.globals["raise_exception"] = fail
+        env.globals["strftime_now"] = time.strftime  # Llama 3.2 writes the date into its prompts: a run is of its day
         self.special = {}
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = config.get(key)
@@ -156,18 +192,29 @@ class Chat:
         if not self.stop_ids:
             raise InputError(f"{folder}: no end-of-turn token in generation_config.json, config.json or the tokenizer")
 
-    def text(self, question, system=None):
-        """The prompt as the model's own template writes it, instruction included, ready for the assistant's turn."""
+    def text(self, prompt, system=None, response=None):
+        """The conversation as the model's own template writes it: ready for the assistant's turn, or with `response` as that turn."""
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question + INSTRUCTION})
+        messages.append({"role": "user", "content": prompt})
+        if response is not None:
+            messages.append({"role": "assistant", "content": response})
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+            return self.template.render(messages=messages, add_generation_prompt=response is None, **self.special)
         except Exception as error:  # it is somebody else's program: it may fail in any way
             raise InputError(f"{self.folder}: its chat template fails ({type(error).__name__}: {error})") from None
 
-    def prompt(self, question, system=None):
+    def prompt(self, prompt, system=None):
         """Token ids of the prompt. The template writes any BOS itself, so the tokenizer must not add a second one."""
-        return self.tokenizer.encode(self.text(question, system), add_special_tokens=False).ids
+        return self.tokenizer.encode(self.text(prompt, system), add_special_tokens=False).ids
+
+    def response(self, prompt, response, system=None):
+        """Token ids that the model should have answered with, up to and including the first stop token (for SFT)."""
+        before, whole = self.text(prompt, system), self.text(prompt, system, response)
+        ids = self.tokenizer.encode(whole[len(before):], add_special_tokens=False).ids
+        end = next((i for i, token in enumerate(ids, 1) if token in self.stop_ids), None)
+        if not whole.startswith(before) or end is None:
+            raise InputError(f"{self.folder}: its chat template does not write an assistant's turn as prompt, response, stop token")
+        return ids[:end]
 
     def decode(self, ids, mask):
         """The response's text without its stop token: nothing after the stop token is ever scored."""

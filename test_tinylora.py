@@ -29,8 +29,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import export
 import grpo
 import gsm8k
+import lora
 import model as transformer
 import tinylora
 import train
@@ -137,19 +139,6 @@ def test_cache_take_copies_rows():
 
 
 @needs_transformers
-@pytest.mark.parametrize("kw", MODELS, ids=str)
-def test_logits_equal_transformers(kw, tmp_path):
-    """Bug 21: bias on q, k, v and none on o, theta, norm order, halves rotated, tied head, Llama 3 rope scaling."""
-    from transformers import AutoModelForCausalLM
-    folder = write_folder(tmp_path, tiny(**kw))
-    theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformer.load(folder)
-    names = {n.removeprefix("model.") for n in theirs.state_dict()}  # a bias left out on both sides would go unseen below
-    assert set(ours.state_dict()) | {"lm_head.weight"} == names | {"lm_head.weight"}
-    ids = torch.from_numpy(np.random.RandomState(1).randint(0, 50, (3, 40)))
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-@needs_transformers
 def test_toy_folder_is_an_ordinary_qwen2_folder():
     """The toy loads in transformers as any Qwen2.5 folder does: same logits, same prompt ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,7 +148,7 @@ def test_toy_folder_is_an_ordinary_qwen2_folder():
     for system in (None, "You are a careful assistant. You write down every step."):
         messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Tom has 5 apples." + gsm8k.INSTRUCTION}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert chat.prompt("Tom has 5 apples.", system) == list(ids)
+        assert chat.prompt("Tom has 5 apples." + gsm8k.INSTRUCTION, system) == list(ids)
     ids = torch.tensor([chat.prompt("Tom has 5 apples.")])
     torch.testing.assert_close(transformer.load(TOY)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -392,6 +381,81 @@ def test_adapter_on_another_base_or_with_other_settings(tmp_path):
         tinylora.load(path, tiny())
 
 
+def test_lora_xs_is_tinylora_with_R_free():
+    """One R per module, r^2 numbers each, v is R itself: y = W x + U S R V^T x."""
+    model = tiny()
+    v = random_v(tinylora.adapt(model, rank=3, method="lora-xs"))
+    assert v.shape == (14, 9)
+    for i, layer in enumerate(m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)):
+        U, S, V, _ = tinylora.truncated_svd(layer.base.weight, 3)
+        x = torch.randn(4, len(V))
+        torch.testing.assert_close(layer(x), layer.base(x) + x @ (U @ torch.diag(S) @ v[i].view(3, 3) @ V.T).T, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- lora.py, export.py
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_starts_at_the_base_and_learns_in_fp32(dtype):
+    """Bit for bit the base at first, alpha / r as its scale, A from numpy's stream within 1/sqrt(d_in), fp32 on a bf16 model too (bug 14)."""
+    base, model = tiny(dtype=dtype), tiny(dtype=dtype)
+    params = lora.adapt(model, rank=2, alpha=6.0, seed=3)
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(base(ids), model(ids)) and {p.dtype for p in params} == {torch.float32} and len(params) == 28
+    assert [p for p in model.parameters() if p.requires_grad] == params or {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in params}
+    A, B = params[:2]
+    assert 0.8 < A.abs().max() * math.sqrt(32) <= 1 and not torch.equal(A[:, :8], params[2][:, :8])
+    with torch.no_grad():
+        B.normal_()
+    x = torch.randn(5, 32).to(dtype)
+    q = model.layers[0].self_attn.q_proj
+    want = base.layers[0].self_attn.q_proj(x).float() + 3.0 * x.float() @ (B @ A).T
+    torch.testing.assert_close(q(x).float(), want, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+LORA_DAMAGE = {  # how a LoRA folder is broken, and the words of the message
+    "another kind": (dict(peft_type="IA3"), ["peft_type"]), "dora": (dict(use_dora=True), ["use_dora"]), "no rank": (dict(r=None), ["r is None"]),
+    "rank 3": (dict(r=3), ["shape"]), "rank too large": (dict(r=99), ["--rank 99"]), "modules_to_save": (dict(modules_to_save=["lm_head"]), ["modules_to_save"]),
+}
+
+
+@pytest.mark.parametrize("name", [*LORA_DAMAGE, "truncated", "no weights", "no config", "tensor missing"])
+def test_damaged_lora_folders_are_told_in_one_line(name, tmp_path, capsys):
+    model = transformer.load(TOY)
+    lora.adapt(model, rank=2)
+    folder = tmp_path / "lora"
+    lora.save(folder, model)
+    config, weights, words = folder / "adapter_config.json", folder / "adapter_model.safetensors", [str(folder)]
+    if name in LORA_DAMAGE:
+        config.write_text(json.dumps(json.loads(config.read_text()) | LORA_DAMAGE[name][0]))
+        words = LORA_DAMAGE[name][1]
+    elif name == "truncated":
+        os.truncate(weights, 1000)
+    elif name == "tensor missing":
+        state = load_file(weights)
+        state.pop(sorted(state)[0])
+        save_file(state, weights)
+    else:
+        (weights if name == "no weights" else config).unlink()
+    assert train.main(["--eval-only", "--eval-count", "1", "--adapter", str(folder), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ") and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("flags", [["--to", "peft"], ["--to", "gguf", "--out", "x"], ["--to", "peft", "--out", str(TOY)], ["--to", "merged", "--out", "/proc/x"], ["--model", "nowhere", "--to", "peft", "--out", "new"]], ids=" ".join)
+def test_export_mistakes_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = transformer.load(TOY)
+    tinylora.save("a.safetensors", tinylora.adapt(model, 13), model, base=str(TOY))
+    assert export.main(["export", "a.safetensors", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    tinylora.save("b.safetensors", model.layers[0].mlp.up_proj.v, model)
+    assert export.main(["export", "b.safetensors", "--to", "peft", "--out", "new"]) == 2 and "--model" in capsys.readouterr().err
+    assert export.main(["export", "nowhere", "--to", "peft", "--out", "new"]) == 2 and "nowhere" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, str(ROOT / "tinylora.py"), "export", "a.safetensors", "--to", "peft", "--out", "good"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("good: a LoRA of rank 2"), done  # as a command, and found by the file's own hint
+
+
 # ----------------------------------------------------------------------------------------------------- grpo.py
 
 def test_sampler_and_trainer_are_one_policy():
@@ -447,7 +511,7 @@ def test_numbers_that_blow_up_are_an_error():
     with pytest.raises(InputError, match="not finite"):
         rollout(model)
     with pytest.raises(InputError, match="not finite"):
-        grpo.update(model, v, torch.optim.AdamW([v]), prompts, ids, mask, logp, torch.ones(12), lr=[0.1])
+        grpo.update(model, [v], torch.optim.AdamW([v]), prompts, ids, mask, logp, torch.ones(12), lr=[0.1])
 
 
 def test_the_mask_ends_with_one_stop_token():
@@ -526,8 +590,8 @@ def gradient(v, model, data, micro_tokens=10**9, **kw):
     prompts, ids, mask, logp, advantage = data
     optimizer = torch.optim.AdamW([v], lr=0.0, weight_decay=0.0)
     before = [x.clone() for x in (ids, mask, logp, advantage)]
-    metrics = grpo.update(model, v, optimizer, prompts, ids, mask, logp, advantage, lr=[0.0], grad_clip=1e30, micro_tokens=micro_tokens,
-                          v_dtype=v.dtype, **kw)
+    metrics = grpo.update(model, [v], optimizer, prompts, ids, mask, logp, advantage, lr=[0.0], grad_clip=1e30, micro_tokens=micro_tokens,
+                          v_dtype=v.dtype, reference=[torch.zeros_like(v)], **kw)
     assert all(torch.equal(a, b) for a, b in zip(before, (ids, mask, logp, advantage))), "changed in place (bug 9)"
     return v.grad.clone(), metrics
 
@@ -625,12 +689,12 @@ def test_minibatches_are_separate_updates():
     keep, start = [0, 1, 2, 3, 8, 9, 10, 11], v.detach().clone()
     part = lambda rows: ([prompts[i] for i in rows], ids[rows], mask[rows], old[rows], advantage[rows])
     optimizer = torch.optim.AdamW([v], weight_decay=0.0)
-    grpo.update(model, v, optimizer, *part(keep), lr=[0.01, 0.02], minibatches=2, v_dtype=v.dtype)
+    grpo.update(model, [v], optimizer, *part(keep), lr=[0.01, 0.02], minibatches=2, v_dtype=v.dtype)
     both = v.detach().clone()
     v.data = start.clone()
     optimizer = torch.optim.AdamW([v], weight_decay=0.0)
     for rows, lr in ((keep[:4], 0.01), (keep[4:], 0.02)):
-        grpo.update(model, v, optimizer, *part(rows), lr=[lr], v_dtype=v.dtype)
+        grpo.update(model, [v], optimizer, *part(rows), lr=[lr], v_dtype=v.dtype)
     assert torch.equal(both, v) and not torch.equal(v, start)
     v.data = start
 
@@ -644,7 +708,7 @@ def test_v_dtype_rounds_the_stored_value_only(dtype):
     optimizer = torch.optim.AdamW([v], weight_decay=0.0)
     advantage = grpo.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]])).flatten()
     for _ in range(3):
-        grpo.update(model, v, optimizer, prompts, ids, mask, logp, advantage, lr=[0.0123], v_dtype=tinylora.DTYPES[dtype])
+        grpo.update(model, [v], optimizer, prompts, ids, mask, logp, advantage, lr=[0.0123], v_dtype=tinylora.DTYPES[dtype])
     assert v.dtype == torch.float32 and torch.equal(v, v.to(tinylora.DTYPES[dtype]).float()) and v.abs().min() > 0
     assert dtype == "fp32" or not torch.equal(v * 1.001, (v * 1.001).to(tinylora.DTYPES[dtype]).float())
     assert all(s.dtype == torch.float32 for s in optimizer.state[v].values())
@@ -657,7 +721,7 @@ def test_training_leaves_the_base_alone():
     v = tinylora.adapt(model, 13)
     prompts, ids, mask, logp = rollout(model)
     advantage = grpo.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]])).flatten()
-    grpo.update(model, v, torch.optim.AdamW([v]), prompts, ids, mask, logp, advantage, lr=[0.5])
+    grpo.update(model, [v], torch.optim.AdamW([v]), prompts, ids, mask, logp, advantage, lr=[0.5])
     ids = torch.arange(20)[None]
     assert not torch.allclose(base(ids), model(ids), atol=1e-3)
     with torch.no_grad():
@@ -675,6 +739,9 @@ def test_micro_batches_cover_every_row_once():
 
 # ---------------------------------------------------------------------------------------------------- gsm8k.py
 
+Q = "Q?" + gsm8k.INSTRUCTION
+
+
 ANSWERS = [  # text, strict, lenient (bug 23)
     ("#### 18", "18", "18"), ("#### 18.", "18", "18"), ("#### $1,800", "1800", "1800"), ("#### -7", "-7", "-7"), ("#### 18.00", "18", "18"),
     ("#### 5\nno\n#### 6", "6", "6"), ("#### 180", "180", "180"), ("#### 0018", "18", "18"), ("#### -0", "0", "0"), ("#### .5", "0.5", "0.5"),
@@ -690,10 +757,15 @@ def test_extract_answer(text, strict, lenient):
     assert gsm8k.extract_answer(text) == strict and gsm8k.extract_answer(text, strict=False) == lenient
 
 
-def test_reward_compares_values_not_spellings():
-    assert gsm8k.reward("#### $18.00", "He has 9 * 2 = <<9*2=18>>18\n#### 18") == 1.0
-    assert gsm8k.reward("#### 180", "#### 18") == gsm8k.reward("#### 8", "#### 18") == gsm8k.reward("it is 18", "#### 18") == 0.0
-    assert gsm8k.reward("it is 18", "#### 18", strict=False) == 1.0 and gsm8k.reward("", "#### 18", strict=False) == 0.0
+def problem(answer, **row):
+    return {"prompt": "?", "answer": answer, "boxed": False, "gold": gsm8k.extract_answer(answer, strict=False)} | row
+
+
+@pytest.mark.parametrize("text,answer,scores", [("#### $18.00", "He has 9 * 2 = <<9*2=18>>18\n#### 18", (1, 1, 1)), ("#### 180", "#### 18", (0, 0, 1)), ("#### 8", "#### 18", (0, 0, 1)),
+                                                ("it is 18", "#### 18", (0, 1, 0)), ("", "#### 18", (0, 0, 0)), ("#### eighteen", "18", (0, 0, 0)), ("#### 18" + " x" * 200, "18", (0, 1, 0))], ids=str)
+def test_scores_compare_values_not_spellings(text, answer, scores):
+    """strict, lenient, and format, which pays for an answer line whatever its value."""
+    assert tuple(gsm8k.score(text, problem(answer)).values()) == scores
 
 
 @needs_assets
@@ -702,7 +774,8 @@ def test_gold_answers_of_gsm8k():
     rows = [row for split in ("train", "test") for row in gsm8k.read_problems(ASSETS / "gsm8k" / f"{split}.jsonl")]
     assert len(rows) == 8792
     for row in rows:
-        assert gsm8k.extract_answer(row["answer"]) == row["answer"].split("#### ")[1].replace(",", "")
+        assert gsm8k.extract_answer(row["answer"]) == row["answer"].split("#### ")[1].replace(",", "") == row["gold"]
+        assert gsm8k.score(row["answer"], row) == {"strict": 1.0, "lenient": 1.0, "format": 1.0}
 
 
 def test_stop_ids_come_from_everywhere(tmp_path):
@@ -717,9 +790,9 @@ def test_stop_ids_come_from_everywhere(tmp_path):
     config["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ eos_token }}{{ messages[0].content }}"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     chat = gsm8k.Chat(folder)
-    assert chat.stop_ids == {end, turn, 7, 9, 11, chat.tokenizer.token_to_id("Q")} and chat.text("x").startswith("Qx Let's")
+    assert chat.stop_ids == {end, turn, 7, 9, 11, chat.tokenizer.token_to_id("Q")} and chat.text("x") == "Qx"
     (folder / "chat_template.jinja").write_text("jinja file: {{ messages[0].content }}")
-    assert gsm8k.Chat(folder).text("x").startswith("jinja file: x")
+    assert gsm8k.Chat(folder).text("x") == "jinja file: x"
 
 
 @needs_assets
@@ -727,10 +800,10 @@ def test_real_qwen_template_and_stop_ids():
     """Bugs 3, 20: both of Qwen2.5's stop ids, 151,665 real ids, its template with and without a system message."""
     chat = gsm8k.Chat(ASSETS / "qwen2.5")
     assert chat.stop_ids == {151645, 151643} and chat.vocab == 151665
-    assert chat.text("Q?") == ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    assert chat.text(Q) == ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
                                'Q? Let\'s think step by step and output the final answer after "####".<|im_end|>\n<|im_start|>assistant\n')
-    assert chat.text("Q?", "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
-    assert chat.prompt("Q?")[:3] == [151644, 8948, 198]
+    assert chat.text(Q, "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert chat.prompt(Q)[:3] == [151644, 8948, 198]
 
 
 def test_text_after_the_stop_token_is_not_decoded():
@@ -815,7 +888,7 @@ def test_download_is_checked_and_cached(server, tmp_path, monkeypatch):
 def test_toy_is_held_out_and_small(tmp_path):
     """make.py makes these very problems; no test question is in the training file; the model fits 8 MB; digits are split one by one; make.py uses the paper's instruction."""
     train_set, test_set = gsm8k.load_data(str(TOY))
-    assert len(test_set) >= 500 and not {p["question"] for p in train_set} & {p["question"] for p in test_set}
+    assert len(test_set) >= 500 and not {p["prompt"] for p in train_set} & {p["prompt"] for p in test_set}
     assert (TOY / "model.safetensors").stat().st_size <= 8e6
     chat = gsm8k.Chat(TOY)
     assert [t for t in chat.tokenizer.encode("12 345").tokens if t.isdigit()] == list("12345")
@@ -823,7 +896,7 @@ def test_toy_is_held_out_and_small(tmp_path):
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     assert make.INSTRUCTION == gsm8k.INSTRUCTION
-    assert chat.text("Q?") == make.chat("Q?", "", make.DEFAULT_SYSTEM)[0]
+    assert chat.text(Q) == make.chat("Q?", "", make.DEFAULT_SYSTEM)[0]
     held_out = make.write_problems(Path(tmp_path), np.random.RandomState(0))
     assert all((tmp_path / name).read_bytes() == (TOY / name).read_bytes() for name in ("train.jsonl", "test.jsonl")) and len(held_out) == 1000
     problems = [make.problem(np.random.RandomState(i)) for i in range(300)]
@@ -872,12 +945,47 @@ def test_every_other_flag_reaches_the_run(tmp_path):
     assert train.main([*TINY_RUN, "--params", "14", "--tie", "structured", "--kl", "0.01", "--recompute", "--reward", "lenient", "--system", "Be brief.", "--lr", "0.05",
                        "--minibatches", "2", "--rollout-rows", "8", "--micro-tokens", "500", "--out", str(tmp_path / "a")]) == 0
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert log[1]["kl"] >= 0 and json.loads((tmp_path / "a" / "config.json").read_text())["tinylora"]["tie"] == "structured"
+    assert log[1]["kl"] >= 0 and json.loads((tmp_path / "a" / "config.json").read_text())["trained"]["tie"] == "structured"
     assert all(json.loads(x)["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>") for x in (tmp_path / "a" / "samples.jsonl").read_text().splitlines())
     adapter = tmp_path / "a" / "adapter.safetensors"
     assert train.main([*TINY_RUN, "--adapter", str(adapter), "--steps", "0", "--out", str(tmp_path / "b")]) == 0
     assert torch.equal(load_file(tmp_path / "b" / "adapter.safetensors")["v"], load_file(adapter)["v"])
     assert train.main([*TINY_RUN, "--adapter", str(adapter), "--rank", "3", "--out", str(tmp_path / "c")]) == 2
+
+
+METHODS = [("--method lora-xs --rank 3 --reward lenient", "lora-xs", 28 * 9), ("--method lora --rank 2 --alpha 8 --kl 0.01 --reward lenient", "lora", 2 * 9728), ("--method full --lr 1e-4 --kl 0.01 --reward lenient", "full", 862336),
+           ("--algo sft --minibatches 2 --lr 0.05", "tinylora", 13), ("--algo sft --method lora --lr 1e-3 --v-dtype bf16", "lora", 9728), ("--reward format --lr 0.05", "tinylora", 13)]
+
+
+@pytest.mark.parametrize("flags,method,numbers", METHODS)
+def test_every_method_trains_saves_and_evaluates(flags, method, numbers, tmp_path, capsys):
+    """The paper's comparisons: each changes the policy, and what it saves evaluates to the run's own final scores."""
+    assert train.main([*flags.split(), *TINY_RUN, "--prompts", "8", "--out", str(tmp_path / "a")]) == 0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["method"] == method and summary["params"] == numbers
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert any(row["grad_norm"] > 0 for row in rows) and all(("loss" in row) if "sft" in flags else {"strict", "lenient", "format", "gap"} <= set(row) for row in rows)
+    command = shlex.split(capsys.readouterr().out.split("next: python train.py ")[1])
+    assert train.main([*command, "--out", str(tmp_path / "b")]) == 0
+    again = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert [again[k] for k in ("strict", "lenient", "format", "sampled")] == [summary["final_" + k] for k in ("strict", "lenient", "format", "sampled")]
+    base, trained = transformer.load(TOY), transformer.load(tmp_path / "a" / "model" if method == "full" else TOY)
+    if method == "lora":
+        lora.load(tmp_path / "a" / "adapter", trained)
+    elif method != "full":
+        tinylora.load(tmp_path / "a" / "adapter.safetensors", trained)
+    assert not torch.equal(base(torch.arange(20)[None]), trained(torch.arange(20)[None]))
+
+
+def test_sft_learns_the_solutions(tmp_path):
+    """Likelihood goes up on what it learns from; the targets are the file's worked solutions without calculator marks, stop token last."""
+    chat, (train_set, _) = gsm8k.Chat(TOY), gsm8k.load_data(str(TOY))
+    ids = chat.response(train_set[0]["prompt"], train_set[0]["solution"])
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False) == train_set[0]["solution"] + "<|im_end|>" and "<<" not in train_set[0]["solution"]
+    assert gsm8k.score(train_set[0]["solution"], train_set[0])["strict"] == 1
+    assert train.main(["--algo", "sft", "--method", "lora", "--rank", "4", "--lr", "1e-3", "--steps", "12", "--prompts", "16", "--warmup", "0", "--eval-count", "1", "--out", str(tmp_path / "a")]) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 def test_same_seed_same_run(tmp_path):
@@ -905,7 +1013,9 @@ def test_model_folder_defaults_and_their_limits(tmp_path, capsys):
                                    ["--temperature", "0"], ["--tie", "structured"], ["--params", "13", "--u", "2"], ["--rank", "999"], ["--seed", "-1"], ["--seed", "4294967296"], ["--u", "3"], ["--device", "mps"],
                                    ["--prompts", "5", "--minibatches", "2"], ["--adapter", "nowhere.safetensors"], ["--data", "nowhere"], ["--nonsense"],
                                    ["--model", "nowhere"], ["--model", "no-such-owner/no-such-model"], ["--device", "abacus"], ["--kl", "-1"], ["--steps", "-1"],
-                                   ["--out", "/proc/nowhere"], ["--adapter", str(TOY / "model.safetensors")], ["--eval-count", "0"]], ids=" ".join)
+                                   ["--out", "/proc/nowhere"], ["--method", "lora", "--params", "13"], ["--method", "full", "--rank", "2"], ["--alpha", "3"], ["--method", "full", "--dtype", "bf16"],
+                                   ["--method", "lora", "--rank", "999"], ["--method", "lora", "--adapter", str(ROOT / "results" / "toy-seed0" / "adapter.safetensors")], ["--adapter", str(TOY)],
+                                   ["--data", str(TOY / "test.jsonl")], ["--algo", "dpo"], ["--adapter", str(TOY / "model.safetensors")], ["--eval-count", "0"]], ids=" ".join)
 def test_silly_flags_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
     """Exit code 2 and one line, never a traceback."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -945,7 +1055,7 @@ def test_full_disk_ends_in_one_line(tmp_path):
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
 
 
-@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py"])
+@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py"])
 def test_files_stay_short_and_light(name):
     """350 lines at most, and nothing imported beyond torch, safetensors, tokenizers, numpy and what those bring."""
     import ast
@@ -953,5 +1063,5 @@ def test_files_stay_short_and_light(name):
     assert len(text.splitlines()) <= 350
     found = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
              for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k"}
+    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export"}
     assert found - allowed <= set(sys.stdlib_module_names)

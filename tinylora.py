@@ -18,16 +18,22 @@ lr x scale, and a learning rate carries over like this (u = 1, r = 2: ours = 16 
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)    1/sqrt(r)                  sqrt(u/r) x lr_peft
 
 S stands left of R here, right of it in the fork and on both sides in PEFT: entry (i, j) of R is weighted by s_i,
-s_j and sqrt(s_i s_j). That cannot be undone by a learning rate; the diagonal agrees.
+s_j and sqrt(s_i s_j). That cannot be undone by a learning rate; the diagonal agrees. One implementation's P can be
+written in another's: with P = sqrt(u) S^-1/2 P_peft S^1/2 both compute the same delta W from the same v (tested).
+
+LORA-XS (arXiv 2405.17604) trains R itself: here u = r^2, no sharing, and P_i the r^2 unit matrices instead of
+random ones (and no 1/sqrt(u), so v IS R). All the rest is the same code.
 
 THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes of data for 13 numbers in bf16. It is
 enough because all else can be rebuilt exactly: P comes from numpy's RandomState, a stream frozen by policy, seeded
-by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified by a fingerprint. Bit for bit on the same machine; elsewhere to
-the SVD's tolerance (another thread count or device sums in another order). U S and V are kept in the base's dtype.
+by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified
+by a fingerprint. Bit for bit on the same machine; elsewhere to the SVD's tolerance (another thread count or device
+sums in another order). U S and V are kept in the base's dtype. For other tools: python tinylora.py export --help.
 """
 import hashlib
 import json
 import math
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -99,17 +105,14 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
 class TinyLoRALinear(nn.Module):
     """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row."""
 
-    def __init__(self, base, v, group, rank, seed, index):
+    def __init__(self, base, v, group, P):
         super().__init__()
         self.base, self.v, self.group = base, v, group
-        W, u = base.weight, v.shape[1]
-        U, S, V, self.residual = truncated_svd(W, rank)
+        W = base.weight
+        U, S, V, self.residual = truncated_svd(W, P.shape[-1])
         self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
         self.register_buffer("US", (U * S).to(W.dtype).contiguous(), persistent=False)   # (d_out, r)
-        # A stream of its own per module. Every seed in this project has four words, the first saying what for: numpy
-        # folds short keys, so that [5, 3] and [5, 3, 3, 1] would be one stream.
-        P = np.random.RandomState([1, seed, index, 0]).standard_normal((u, rank, rank))
-        self.register_buffer("P", torch.from_numpy(P).to(v) / math.sqrt(u), persistent=False)  # (u, r, r), fp32
+        self.register_buffer("P", P.to(v), persistent=False)  # (u, r, r), fp32
 
     def core(self):
         """R (r, r), in v's precision."""
@@ -120,6 +123,15 @@ class TinyLoRALinear(nn.Module):
         h = F.linear(x, self.Vt)  # (..., r)
         h = F.linear(h.to(R.dtype), R).to(x.dtype)  # R stays fp32: rounded to bf16, a small step of v would vanish
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.US.T).view_as(y)
+
+
+def random_P(u, rank, seed, index):
+    """A module's P_1 ... P_u / sqrt(u), (u, r, r), from a stream of its own.
+
+    Every seed in this project has four words, the first saying what for: numpy folds short keys, so that [5, 3] and
+    [5, 3, 3, 1] would be one stream.
+    """
+    return torch.from_numpy(np.random.RandomState([1, seed, index, 0]).standard_normal((u, rank, rank))) / math.sqrt(u)
 
 
 def plan(layers, params=None, u=None, n_tie=None, tie="tiled"):
@@ -174,37 +186,41 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, progress=lambda items: items):
+def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, method="tinylora", progress=lambda items: items):
     """Freeze the model, put a TinyLoRALinear in the place of all 7 linears of every block; returns v (groups, u), fp32, zeros.
 
     params: how many numbers to train in all (None: 13, or what u and n_tie make). The settings that an adapter file
-    needs are left in model.adapter. progress: wraps the iteration over modules (tqdm). InputError: see plan.
+    needs are left in model.adapter. method: or "lora-xs", whose sizes follow from the rank. progress: wraps the
+    iteration over modules (tqdm). InputError: see plan.
     """
     if hasattr(model, "adapter"):
         raise ValueError("this model carries an adapter already")
     if seed < 0 or seed >= 2**32:
         raise InputError(f"--seed {seed}: must be 0 to {2**32 - 1}")
+    if method == "lora-xs":
+        u, n_tie = rank * rank, 1
     group_of, groups, u, n_tie = plan(len(model.layers), params, u, n_tie, tie)
     model.requires_grad_(False)
     weight = model.embed_tokens.weight
-    settings = {"rank": rank, "u": u, "tie": tie, "n_tie": n_tie or 0, "groups": groups, "seed": seed,
+    settings = {"method": method, "rank": rank, "u": u, "tie": tie, "n_tie": n_tie or 0, "groups": groups, "seed": seed,
                 "targets": ",".join(TARGETS), "base": "meta" if weight.is_meta else fingerprint(model)}
     v = nn.Parameter(torch.zeros(groups, u, dtype=torch.float32, device=weight.device))
     places = [(layer, target) for layer in model.layers for target in TARGETS]
     for index, (layer, target) in enumerate(progress(places)):
         parent, name = target.split(".")
         parent = getattr(layer, parent)
+        P = torch.eye(u).view(u, rank, rank) if method == "lora-xs" else random_P(u, rank, seed, index)
         try:
-            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], rank, seed, index))
+            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], P))
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
     model.adapter = settings
     return v
 
 
-def save(path, v, model, dtype="fp32"):
-    """Write v alone, as `dtype`, with model.adapter as metadata. Written to a temporary name and renamed."""
-    metadata = {"format": "tinylora", "version": VERSION} | {k: str(x) for k, x in model.adapter.items()}
+def save(path, v, model, dtype="fp32", base=""):
+    """Write v alone, as `dtype`, with model.adapter as metadata, and the base's name as a hint where to look for it."""
+    metadata = {"format": "tinylora", "version": VERSION, "model": base} | {k: str(x) for k, x in model.adapter.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(to_bytes({"v": v.detach().flatten().to("cpu", DTYPES[dtype])}, metadata))
 
@@ -231,16 +247,22 @@ def load(path, model, progress=lambda items: items):
     stored, metadata = read(path)
     try:
         wish = {k: int(metadata[k]) for k in ("rank", "u", "n_tie", "groups", "seed")} | {k: metadata[k] for k in ("tie", "targets", "base")}
+        wish["method"] = metadata.get("method", "tinylora")  # the first adapters did not say
     except (KeyError, ValueError) as error:
         raise InputError(f"{path}: its metadata is damaged ({error})") from None
     here = getattr(model, "adapter", None) or {"base": fingerprint(model), "targets": ",".join(TARGETS)}
     differs = [f"{k} is {wish[k]} in the file and {here[k]} here" for k in here if wish[k] != here[k]]
     if differs:
         raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
-    if wish["tie"] not in ("tiled", "structured") or stored.dim() != 1 or stored.numel() != wish["groups"] * wish["u"]:
+    if wish["tie"] not in ("tiled", "structured") or wish["method"] not in ("tinylora", "lora-xs") or stored.dim() != 1 or stored.numel() != wish["groups"] * wish["u"]:
         raise InputError(f"{path}: holds {stored.numel()} numbers, its metadata says {wish['groups']} groups x u {wish['u']}, tie {wish['tie']}")
     if not hasattr(model, "adapter"):
-        adapt(model, stored.numel(), wish["u"], wish["n_tie"] or None, wish["tie"], wish["rank"], wish["seed"], progress)
+        adapt(model, stored.numel(), wish["u"], wish["n_tie"] or None, wish["tie"], wish["rank"], wish["seed"], wish["method"], progress)
     v = model.layers[0].self_attn.q_proj.v
     v.copy_(stored.view_as(v))
     return v
+
+
+if __name__ == "__main__":
+    import export  # it imports this file again, as tinylora
+    sys.exit(export.main())

@@ -1,0 +1,149 @@
+"""The command line: every flag of train.py with its default, and what may not go together.
+
+Where a flag is not given, tinylora.json in the model's folder decides, if there is one; else the paper's recipe. The defaults
+of such a file are TinyLoRA's: its learning rate says nothing to the other methods, which have their own below.
+"""
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import tinylora
+from model import InputError, read_json
+
+TOY = Path(__file__).resolve().parent / "toy"
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # the first: the fork's 1e-5 at its scale of 16
+SHAPE = ("params", "u", "n_tie", "tie", "rank", "alpha")  # the flags that say how many numbers there are, and
+TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}  # who takes which
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one clear line, not argparse's page of usage
+        raise InputError(f"{message}; see python train.py --help")
+
+
+def within(kind, low, high=2.0**63):
+    """A converter for argparse: an int or float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN neither
+            raise ValueError
+        return value
+    convert.__name__ = f"{kind.__name__} from {low}"  # argparse puts this into its message
+    return convert
+
+
+count, whole, fraction, positive = within(int, 1), within(int, 0), within(float, 0, 1), within(float, 1e-9, 1e9)
+
+
+def parse(argv, description=""):
+    """The flags, every one resolved: command line, then the model folder's tinylora.json, then the defaults below."""
+    cli = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = cli.add_argument_group("model and data").add_argument
+    add("--model", default=os.path.relpath(TOY), metavar="M", help="a folder in Hugging Face layout, or a name on the hub (default: toy/)")
+    add("--data", default="gsm8k", metavar="D", help="gsm8k, or a folder with train.jsonl and test.jsonl, or with --eval-only one .jsonl file")
+    add("--system", default=None, metavar="TEXT", help="a system message for every prompt (default: the template's own)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda if there)")
+    add("--dtype", default=None, choices=["fp32", "bf16"], help="of the frozen model (default: bf16 on cuda, fp32 on cpu)")
+    add = cli.add_argument_group("what is trained (tinylora.py, lora.py)").add_argument
+    add("--method", default=None, choices=list(LR), help="tinylora; or what the paper compares it with (default: tinylora)")
+    add("--params", type=count, default=None, metavar="N", help="how many numbers to train, exactly (default: 13)")
+    add("--u", type=count, default=None, help="numbers per group (default: 1 unless N exceeds the modules)")
+    add("--n-tie", type=count, default=None, help="modules (tiled) or layers (structured) per group")
+    add("--tie", default=None, choices=["tiled", "structured"], help="which modules share (default: tiled)")
+    add("--rank", type=count, default=None, metavar="R", help="of the SVD directions (default: 2), or of LoRA (default: 1)")
+    add("--alpha", type=positive, default=None, help="LoRA's scale is alpha / rank (default: 32)")
+    add("--v-dtype", default="fp32", choices=list(tinylora.DTYPES), help="in which the trained numbers are kept and saved (default: fp32)")
+    add("--seed", type=within(int, 0, 2**32 - 1), default=0, help="of P (unless --adapter brings its own), the problems' order and the sampling (default: 0)")
+    add("--adapter", default=None, metavar="A", help="evaluate, or start from, this adapter.safetensors or LoRA folder")
+    add = cli.add_argument_group("learning (grpo.py)").add_argument
+    add("--algo", default="grpo", choices=["grpo", "sft"], help="rewards, or likelihood of the data's own worked solutions (grpo)")
+    add("--steps", type=whole, default=None, help="training steps (default: 3 epochs of the training set)")
+    add("--prompts", type=count, default=64, metavar="P", help="problems a step (64)")
+    add("--group", type=count, default=4, metavar="G", help="responses to each problem (4)")
+    add("--minibatches", type=count, default=2, metavar="K", help="Adam updates a step (2)")
+    add("--lr", type=positive, default=None, help="learning rate (" + ", ".join(f"{k} {x:g}" for k, x in LR.items()) + ")")
+    add("--warmup", type=fraction, default=0.05, help="share of the updates with a rising rate, then constant (0.05)")
+    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling, in sampler and trainer alike (1.0)")
+    add("--max-new-tokens", type=count, default=1024, metavar="N", help="longest response (1024; the paper's longest runs: 4096)")
+    add("--clip-low", type=fraction, default=0.2, help="the ratio's clip below 1 (0.2)")
+    add("--clip-high", type=positive, default=0.4, help="the ratio's clip above 1 (0.4)")
+    add("--kl", type=within(float, 0, 1e9), default=0.0, help="weight of the KL to the base (0; the MATH recipe: 0.001)")
+    add("--grad-clip", type=positive, default=1.0, help="largest gradient norm (1.0)")
+    add("--reward", default="strict", choices=["strict", "lenient", "format"], help='pays for "#### 7" only, for the last number too, or for any "#### <number>" (strict)')
+    add = cli.add_argument_group("evaluation, memory, output").add_argument
+    add("--eval-count", type=count, default=None, metavar="N", help="test problems, the first N (default: all)")
+    add("--eval-every", type=whole, default=0, metavar="K", help="also evaluate greedily every K steps (0: never)")
+    add("--eval-only", action="store_true", help="evaluate and stop")
+    add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
+    add("--micro-tokens", type=count, default=4096, metavar="N", help="padded tokens per forward and backward (4096: 20 GB on 7B by estimate)")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
+    add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")
+    args = cli.parse_args(argv)
+    check(args)  # before anything is fetched
+    defaults = Path(find_model(args.model)) / "tinylora.json"
+    if defaults.is_file():
+        known = {action.dest: action for action in cli._actions}
+        for key, value in read_json(defaults).items():
+            name = key.replace("-", "_")
+            if name in (*SHAPE, "lr") and args.method != "tinylora":
+                continue
+            if name not in known or name in ("help", "model", "adapter", "out", "eval_only", "method"):
+                raise InputError(f"{defaults}: {key!r} is not a flag that a model folder may set")
+            action = known[name]
+            if (action.choices and value not in action.choices) or (action.nargs == 0) != isinstance(value, bool):
+                raise InputError(f"{defaults}: {value!r} will not do for {key!r}")
+            if name == "data" and value != "gsm8k":
+                value = str(defaults.parent / str(value))  # a folder, beside the file that names it
+            cli.set_defaults(**{name: str(value) if action.type else value})  # text, which argparse checks and converts
+    args = cli.parse_args(argv)
+    check(args)
+    args.lr = args.lr or LR[args.method]
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") and args.method != "full" else "fp32")
+    args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    return args
+
+
+def check(args):
+    """What argparse cannot see in one flag alone; settles --method."""
+    if args.adapter:
+        if not Path(args.adapter).exists():
+            raise InputError(f"--adapter {args.adapter}: no such file or folder")
+        # PEFT keeps a LoRA as a folder; our own files say what they are
+        made = "lora" if Path(args.adapter).is_dir() else tinylora.read(args.adapter)[1].get("method", "tinylora")
+        if args.method not in (None, made):
+            raise InputError(f"--method {args.method}: {args.adapter} was made with {made}"
+                             + ("; a fully trained model is given as --model" if args.method == "full" else ""))
+        args.method = made
+    args.method = args.method or "tinylora"
+    for name in SHAPE:
+        if getattr(args, name) is not None and name not in TAKES[args.method]:
+            raise InputError(f"--{name.replace('_', '-')} means nothing to --method {args.method}")
+    if args.method == "full" and args.dtype == "bf16":
+        raise InputError("--dtype bf16: --method full trains the weights themselves, and small steps round away in bf16; leave it out")
+    if args.group < 2 and args.algo == "grpo" and not args.eval_only:
+        raise InputError("--group 1: an advantage compares the responses to one problem, so a group needs at least 2")
+    if args.prompts % args.minibatches:
+        raise InputError(f"--prompts {args.prompts} cannot be split into --minibatches {args.minibatches}")
+    if args.out and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
+        raise InputError(f"--out {args.out}: holds a run already; choose another folder")
+    try:
+        if not args.device.startswith(("cpu", "cuda")):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})") from None
+
+
+def find_model(name):
+    """A folder as it is; owner/name from the hub's cache or, online, the hub: config, tokenizer and safetensors only."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return name
+    from huggingface_hub import snapshot_download  # comes with tokenizers; only a hub name needs it
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns="*/*")
+    except Exception as error:  # offline, no such repository, no access, a full disk: all reported the same way
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"--model {name}: neither a folder here nor to be had from the hub ({type(error).__name__}: {reason})") from None
