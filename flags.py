@@ -5,6 +5,7 @@ of such a file are TinyLoRA's: its learning rate says nothing to the other metho
 """
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -142,8 +143,14 @@ def find_model(name):
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return name
     from huggingface_hub import snapshot_download  # comes with tokenizers; only a hub name needs it
+    from huggingface_hub.utils import disable_progress_bars, logging
+    logging.set_verbosity_error()  # no lines about retries and missing tokens: what fails in the end is told below
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the library's own bars ask for a terminal only in part
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns="*/*")
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                                 ignore_patterns=["*/*", "*[!s].index.json"])  # no subfolders; no index of pytorch_model.bin
     except Exception as error:  # offline, no such repository, no access, a full disk: all reported the same way
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--model {name}: neither a folder here nor to be had from the hub ({type(error).__name__}: {reason})") from None
+        reason = " ".join(str(error).split())  # the library writes paragraphs, and what is missing is seldom in the first line
+        raise InputError(f"--model {name}: neither a folder here nor to be had from the hub; check the name, the network and, for a gated model, "
+                         f"HF_TOKEN ({type(error).__name__}: {reason})") from None

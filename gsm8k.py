@@ -8,7 +8,7 @@ strict one; on the lenient one a careful reproduction saw far less at 13 numbers
              what it gains on the other two was format.
 
 A row with a "problem" instead of a "question" is MATH's kind: the prompt asks for \\boxed{}, strict and format want the
-last \\boxed{} of the text, and answers are LaTeX, compared by `same` below.
+last \\boxed{} of the text, and answers are LaTeX, compared by boxed.py.
 """
 import hashlib
 import http.client
@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from boxed import boxed, same
 from model import InputError, read_json, replacing
 
 SCORES = ("strict", "lenient", "format")
