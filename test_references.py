@@ -77,6 +77,21 @@ def test_bf16_is_as_close_to_fp32_as_transformers_is(kw, tmp_path):
     assert ours <= 1.25 * other and ours <= 0.04, (ours, other)
 
 
+@needs("transformers")
+@torch.no_grad()
+def test_rmsnorm_rounds_where_transformers_does():
+    """Bug 21: cast back to bf16 before the weight is multiplied in, not after; the logits above are too coarse to see it."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    rng = np.random.RandomState(0)
+    ours, other = transformer.RMSNorm(64, 1e-6).bfloat16(), Qwen2RMSNorm(64, 1e-6).bfloat16()
+    for norm in (ours, other):
+        norm.weight.copy_(torch.from_numpy(np.random.RandomState(1).standard_normal(64)))
+    x = torch.from_numpy(rng.standard_normal((500, 64)) * 3).bfloat16()
+    assert (ours(x) != other(x)).float().mean() < 1e-3  # where the mean of squares itself rounds otherwise
+    late = (ours.weight.float() * torch.nn.functional.rms_norm(x.float(), (64,), eps=1e-6)).bfloat16()
+    assert (late != other(x)).float().mean() > 0.1
+
+
 @pytest.fixture(scope="session", params=["llama", "qwen2"])
 def smollm2(request, tmp_path_factory):
     """The real SmolLM2-135M-Instruct, made by the assets' own script out of a package from the registry."""

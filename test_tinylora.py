@@ -1025,6 +1025,7 @@ def test_silly_flags_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
 
 
 def start(*flags, **kw):
+    kw.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job would ignore it
     return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
