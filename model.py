@@ -166,10 +166,11 @@ def attend(q, k, v, mask):
     if mask is None:  # whole sequences, S == T: every fused kernel takes this form
         k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # Against a cache: the queries that share a key head become rows of one product, so each key is read once.
-    # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
-    q = q.reshape(B, KV, H // KV * T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // KV, 1)).view(B, H, T, D)
+    # Against a cache: the queries that share a key head become rows of one product, so each key is read once, and nothing
+    # is left to a dispatcher (is_causal would align top-left here; a mask with enable_gqa drops to slow kernels).
+    scores = q.reshape(B, KV, H // KV * T, D) @ k.transpose(2, 3) * D**-0.5  # (B, KV, H / KV * T, S)
+    scores = upcast(scores).view(B, H, T, -1).masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
+    return (scores.view(B, KV, H // KV * T, -1) @ v).view(B, H, T, D)
 
 
 class RMSNorm(nn.Module):

@@ -323,6 +323,22 @@ def test_the_layer_is_the_formula():
         torch.testing.assert_close(layer(x), want, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_R_is_not_rounded_on_a_bf16_model():
+    """Bug 14's cousin: a step of v that bf16 cannot see (1e-4 of 1) still moves the layer's output."""
+    model = tiny(dtype=torch.bfloat16)
+    v = tinylora.adapt(model, 1)
+    layer = model.layers[0].mlp.up_proj
+    layer.base.weight.zero_()  # only U S R V^T x is left to see
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((500, 32))).bfloat16()
+    outputs, cores = [], []
+    for value in (1.0, 1.0001):
+        v.fill_(value)
+        outputs.append(layer(x))
+        cores.append(layer.core().bfloat16())
+    assert torch.equal(*cores) and 0.001 < (outputs[0] != outputs[1]).float().mean() < 0.5
+
+
 GOLDEN_P = [-0.43666387, 0.22524047, 0.48923835, 0.26245433]
 
 
