@@ -4,7 +4,8 @@ its fork's scripts) in brackets.
  1. A step takes some problems [64] and samples a group of G responses to each [4], at temperature T [1.0], from the
     full softmax: no top-k, no top-p. Ids that the tokenizer does not have are cut off, here and in the trainer.
  2. Each prompt is prefilled once and its cache copied to its group; each row draws its own first token. A response
-    ends with the first stop token, which counts as part of it: stopping is learned like any other token.
+    ends with the first stop token, which counts as part of it: stopping is learned like any other token. The trainer
+    computes each prompt once as well.
  3. Randomness is one uniform number per row and token, given by the caller (train.py takes it from numpy's
     RandomState, one stream per row) and turned into a token through the inverse of the CDF, so a row's text does
     not depend on what it shares a batch with (but for rounding), and the stream is the same on every machine and version.
@@ -33,7 +34,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model import Cache, InputError, upcast
+from cache import Cache, Prefix
+from model import InputError, upcast
 
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 
@@ -113,22 +115,28 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
 def logprobs(model, prompts, ids, mask, temperature=1.0, vocab=None, recompute=False):
     """The trainer's log-probs of the responses: prompts (B lists of ids), ids and mask (B, T) -> (B, T), 0 where masked.
 
-    One causal pass over prompt + response, padded on the right. The head runs on response positions only, in
-    chunks whose logits are rebuilt in the backward pass, so logits for a whole batch never exist at once.
-    recompute: activation checkpointing of the blocks, for long responses.
+    One pass over the prompts, each once for all the rows that have it, and one over the responses, which see their
+    prompt's keys; both are padded on the right. The head runs on response positions only, in chunks whose logits are
+    rebuilt in the backward pass, so logits for a whole batch never exist at once. recompute: activation
+    checkpointing of the blocks, for long responses.
     """
-    lengths = mask.sum(1).tolist()
-    hidden = model.hidden(pad([p + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths)], ids.device), recompute=recompute)
-    row, t = mask.nonzero(as_tuple=True)
-    start = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)
-    hidden, target = hidden[row, start[row] + t], ids[mask]  # (N, C), (N,): position i predicts token i + 1
+    device = ids.device
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,): which prompt each row continues
+    lengths = torch.tensor([len(p) for p in number], device=device)
+    padded = pad([list(p) for p in number], device)
+    prefix = Prefix(*padded.shape, device)
+    first = model.hidden(padded, prefix, lengths, recompute)[rows, lengths[rows] - 1]  # (B, C): what predicts token 0
+    rest = model.hidden(ids[:, :-1], prefix.take(rows, ids.shape[1] - 1), mask.sum(1).clamp(max=ids.shape[1] - 1), recompute)  # (B, T - 1, C)
+    hidden = torch.cat((first[:, None], rest), 1)  # position t predicts token t
+    hidden, target = hidden[mask], ids[mask]  # (N, C), (N,)
 
     def head(hidden, target):
         logp = log_softmax(model.logits(hidden, vocab), temperature)
         return logp.gather(1, target[:, None])[:, 0]
 
     flat = torch.cat([checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))])
-    return flat.new_zeros(mask.shape).index_put((row, t), flat)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def advantages(rewards):
@@ -152,13 +160,23 @@ def grpo_loss(logp, old_logp, advantage, mask, denominator, clip_low=0.2, clip_h
     return torch.where(mask, loss, 0.0).sum() / max(denominator, 1)
 
 
-def micro_batches(lengths, rows, tokens):
-    """Rows sorted by length and cut so that a padded micro-batch holds at most `tokens` tokens (or a single row)."""
-    batch = []
-    for row in sorted(rows, key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
+def micro_batches(prompts, lengths, rows, tokens):
+    """Rows cut into micro-batches that hold at most `tokens` tokens, padding included (or a single row).
+
+    prompts: one list of ids per row; lengths: of the responses. Rows of one prompt stay together as far as they fit, since
+    the prompt is computed once for all of them; groups with long responses come first, so that rows padded to one width
+    are of like length.
+    """
+    longest = {}
+    for row in rows:
+        longest[tuple(prompts[row])] = max(lengths[row], longest.get(tuple(prompts[row]), 0))
+    batch, some, wide, long = [], set(), 0, 0
+    for row in sorted(rows, key=lambda i: (-longest[tuple(prompts[i])], prompts[i], -lengths[i])):
+        prompt = tuple(prompts[row])
+        some, wide, long = some | {prompt}, max(wide, len(prompt)), max(long, lengths[row])
+        if batch and len(some) * wide + (len(batch) + 1) * long > tokens:
             yield batch
-            batch = []
+            batch, some, wide, long = [], {prompt}, len(prompt), lengths[row]
         batch.append(row)
     if batch:
         yield batch
@@ -194,67 +212,84 @@ def total_norm(params):
     return sum(p.detach().double().square().sum().item() for p in params)**0.5
 
 
+def accumulate(params, prompts, mask, rows, micro_tokens, backward):
+    """p.grad = the sum of what backward(rows of a micro-batch, (b,); their width) adds; returns (its results, micro_tokens).
+
+    When memory runs out the budget is halved, until it fits or a micro-batch is a single row, and the gradient starts anew.
+    """
+    lengths = mask.sum(1).tolist()
+    while True:
+        batches = list(micro_batches(prompts, lengths, rows, micro_tokens))
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        try:
+            return [backward(torch.tensor(batch, device=mask.device), max(lengths[i] for i in batch)) for batch in batches], micro_tokens
+        except torch.OutOfMemoryError:
+            if all(len(batch) == 1 for batch in batches):
+                raise
+        micro_tokens //= 2  # outside the except block, which would hold on to the failed pass's tensors
+        torch.cuda.empty_cache()
+
+
 def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, minibatches=1, temperature=1.0, vocab=None, clip_low=0.2,
            clip_high=0.4, kl=0.0, reference=None, grad_clip=1.0, micro_tokens=4096, recompute=False, v_dtype=torch.float32):
     """One step's updates on params. prompts: one list of ids per row; ids, mask, old_logp (B, T), advantage (B,), from the rollout.
 
-    lr: one learning rate per update. reference: params' values in the policy that kl > 0 holds on to. Rows are split into `minibatches` parts in order (keep groups together: B and the
-    group must divide). Returns metrics over what was seen: gap (None: no row had a signal), clip_fraction, kl, entropy,
-    grad_norm, v_norm (of all params together).
+    lr: one learning rate per update. reference: params' values in the policy that kl > 0 holds on to. Rows are split into
+    `minibatches` parts in order (keep groups together: B and the group must divide). micro_tokens: see accumulate. Returns
+    metrics over what was seen: gap (None: no row had a signal), clip_fraction, kl, entropy, grad_norm, v_norm (of all params
+    together), micro_tokens (what fitted).
     """
-    B, device = len(prompts), ids.device
-    lengths = [len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())]
-    weight = advantage.tolist()
-    seen, gap, first_tokens, clipped, divergence, norms = 0, 0.0, 0, 0.0, 0.0, []
+    B, weight = len(prompts), advantage.tolist()
+    seen, gap, norms = torch.zeros(3, dtype=torch.float64), None, []  # tokens, clipped ones, their KL
     bounds = [B * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
         denominator = int(mask[start:end].sum())
-        rows = [i for i in range(start, end) if kl > 0 or weight[i] != 0]
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        for batch in micro_batches(lengths, rows, micro_tokens):
-            at = torch.tensor(batch, device=device)
-            width = int(mask[at].sum(1).max())
+
+        def backward(at, width):
             m, old, adv = mask[at, :width], old_logp[at, :width], advantage[at]
-            some = [prompts[i] for i in batch]
+            inputs = [prompts[i] for i in at.tolist()], ids[at, :width], m, temperature, vocab
             base_logp = None
             if kl > 0:
                 with torch.no_grad(), with_values(params, reference):
-                    base_logp = logprobs(model, some, ids[at, :width], m, temperature, vocab)
-            logp = logprobs(model, some, ids[at, :width], m, temperature, vocab, recompute)
+                    base_logp = logprobs(model, *inputs)
+            logp = logprobs(model, *inputs, recompute)
             grpo_loss(logp, old, adv, m, denominator, clip_low, clip_high, kl, base_logp).backward()
             with torch.no_grad():
-                delta, tokens = (logp - old)[m], int(m.sum())
-                up = adv[:, None].expand_as(old)[m] > 0
-                clipped += (torch.where(up, delta.exp() > 1 + clip_high, delta.exp() < 1 - clip_low)).sum().item()
-                divergence += 0.0 if base_logp is None else k3(logp, base_logp)[m].sum().item()
-                if part == 0:  # before any update: what remains between sampler and trainer is rounding
-                    gap, first_tokens = gap + delta.abs().sum().item(), first_tokens + tokens
-                seen += tokens
+                delta, up = (logp - old)[m], adv[:, None].expand_as(old)[m] > 0
+                clipped = torch.where(up, delta.exp() > 1 + clip_high, delta.exp() < 1 - clip_low).sum()
+                return [len(delta), clipped.item(), 0.0 if base_logp is None else k3(logp, base_logp)[m].sum().item()], delta.abs().sum().item()
+
+        rows = [i for i in range(start, end) if kl > 0 or weight[i] != 0]
+        results, micro_tokens = accumulate(params, prompts, mask, rows, micro_tokens, backward)
+        seen += sum(torch.tensor(counts, dtype=torch.float64) for counts, _ in results)
+        if part == 0 and results:  # before any update: what remains between sampler and trainer is rounding
+            gap = sum(distance for _, distance in results) / seen[0].item()
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
-    return {"gap": gap / first_tokens if first_tokens else None, "clip_fraction": clipped / max(seen, 1), "kl": divergence / max(seen, 1),
+    tokens, clipped, divergence = seen.tolist()
+    return {"gap": gap, "clip_fraction": clipped / max(tokens, 1), "kl": divergence / max(tokens, 1),
             # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
-            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
+            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}
 
 
 def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=4096,
                recompute=False, v_dtype=torch.float32):
     """One step's updates by supervised finetuning: the mean -log p of all tokens under mask (responses, stop token included).
 
-    prompts: one list of ids per row; ids, mask (B, T); lr and minibatches as in update. Returns metrics: loss (nats per
-    token, over the step), grad_norm, v_norm.
+    prompts: one list of ids per row; ids, mask (B, T); lr, minibatches and micro_tokens as in update. Returns metrics: loss
+    (nats per token, over the step), grad_norm, v_norm, micro_tokens.
     """
-    lengths = [len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())]
     total, norms = 0.0, []
     bounds = [len(prompts) * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
         denominator = int(mask[start:end].sum())
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        for batch in micro_batches(lengths, range(start, end), micro_tokens):
-            at = torch.tensor(batch, device=ids.device)
-            loss = -logprobs(model, [prompts[i] for i in batch], ids[at], mask[at], vocab=vocab, recompute=recompute).sum()
+
+        def backward(at, width):
+            loss = -logprobs(model, [prompts[i] for i in at.tolist()], ids[at, :width], mask[at, :width], vocab=vocab, recompute=recompute).sum()
             (loss / denominator).backward()
-            total += loss.item()
+            return loss.item()
+
+        results, micro_tokens = accumulate(params, prompts, mask, range(start, end), micro_tokens, backward)
+        total += sum(results)
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
-    return {"loss": total / int(mask.sum()), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
+    return {"loss": total / int(mask.sum()), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}

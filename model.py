@@ -6,9 +6,8 @@ are the checkpoint's own, so loading is a strict copy.
 
     model = load("folder", torch.bfloat16, "cuda")
     logits = model(ids)                                    # (B, T) -> (B, T, vocab)
-    cache = Cache(model, batch=B, size=1024)
+    cache = Cache(model, batch=B, size=1024)               # cache.py
     logits = model(prompts, cache=cache, lengths=lengths)  # ragged prompts, padded on the RIGHT
-    cache = cache.take(rows, size=2048)                    # rows copied to a group, or dropped
     logits = model(next_ids, cache=cache)                  # (B, 1): one more token for every row
 
 Two facts keep attention simple. Rows are padded on the right, so causal attention alone hides the padding
@@ -20,7 +19,6 @@ import json
 import math
 import os
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-NEVER = 2**31 - 1  # the position of a cache column that no query may see
+NEVER = 2**31 - 1  # the position of a cached column that no query may see
 
 
 class InputError(Exception):
@@ -166,11 +164,14 @@ def attend(q, k, v, mask):
     if mask is None:  # whole sequences, S == T: every fused kernel takes this form
         k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # Against a cache: the queries that share a key head become rows of one product, so each key is read once, and nothing
-    # is left to a dispatcher (is_causal would align top-left here; a mask with enable_gqa drops to slow kernels).
-    scores = q.reshape(B, KV, H // KV * T, D) @ k.transpose(2, 3) * D**-0.5  # (B, KV, H / KV * T, S)
+    # With earlier keys: the queries that share a key head become rows of one product, so each key is read once.
+    # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
+    q = q.reshape(B, KV, H // KV * T, D)
+    if T > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // KV, 1)).view(B, H, T, D)
+    scores = q @ k.transpose(2, 3) * D**-0.5  # one token a row: two plain products beat any kernel made for tiles of queries
     scores = upcast(scores).view(B, H, T, -1).masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
-    return (scores.view(B, KV, H // KV * T, -1) @ v).view(B, H, T, D)
+    return (scores.view(B, KV, H // KV, -1) @ v).view(B, H, T, D)
 
 
 class RMSNorm(nn.Module):
@@ -222,35 +223,6 @@ class Block(nn.Module):
     def forward(self, x, rope, mask, cache):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Cache:
-    """Keys and values of every layer in tensors of a fixed size, and the position that each column holds."""
-
-    def __init__(self, model, batch, size):
-        c, like = model.config, model.embed_tokens.weight
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens in each row
-        self.used = 0  # columns written, the same for all rows; a plain int, so that slicing needs no host sync
-
-    def append(self, layer, k, v):
-        """Store k, v (B, KV, T, D) in the next T columns; returns all columns so far, (B, KV, used + T, D)."""
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def take(self, rows, size):
-        """A copy of the given rows, (B',) of indices, repeats allowed, with `size` columns in all."""
-        new, (layers, _, heads, _, head_dim) = copy(self), self.k.shape
-        new.k, new.v = (self.k.new_zeros(layers, len(rows), heads, size, head_dim) for _ in range(2))
-        for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
-            new.k[layer, :, :, :self.used] = self.k[layer, rows, :, :self.used]
-            new.v[layer, :, :, :self.used] = self.v[layer, rows, :, :self.used]
-        new.position = F.pad(self.position[rows, :self.used], (0, size - self.used), value=NEVER)
-        new.lengths = self.lengths[rows]
-        return new
 
 
 class Transformer(nn.Module):

@@ -36,7 +36,8 @@ import lora
 import model as transformer
 import tinylora
 import train
-from model import Cache, Config, InputError, Transformer
+from cache import Cache
+from model import Config, InputError, Transformer
 
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy"
@@ -746,11 +747,34 @@ def test_training_leaves_the_base_alone():
 
 
 def test_micro_batches_cover_every_row_once():
-    lengths = [5, 9, 2, 7, 7, 1, 30]
+    """Within the budget, prompts counted once, groups together; a row that is too long alone goes alone."""
+    lengths, prompts = [5, 9, 2, 7, 7, 1, 30], [[1, 2, 3], [1, 2, 3], [4], [4], [1, 2, 3], [5, 6], [5, 6]]
     for tokens in (1, 10, 18, 1000):
-        batches = list(grpo.micro_batches(lengths, range(7), tokens))
+        batches = list(grpo.micro_batches(prompts, lengths, range(7), tokens))
         assert sorted(i for b in batches for i in b) == list(range(7))
-        assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= tokens for b in batches)
+        for b in batches:
+            some = {tuple(prompts[i]) for i in b}
+            assert len(b) == 1 or len(some) * max(map(len, some)) + max(lengths[i] for i in b) * len(b) <= tokens
+    assert [sorted(b) for b in grpo.micro_batches(prompts, lengths, range(7), 62)] == [[5, 6], [0, 1, 2, 3, 4]]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch):
+    """The update goes on with what fits and says what that is; the gradient is the same, and a single row that does not fit is an error."""
+    model, v, data = off_policy_batch(torch.float64)
+    want, _ = gradient(v, model, data)
+    real, limit = grpo.logprobs, 3
+
+    def short(model, prompts, *rest, **kw):
+        if len(prompts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, *rest, **kw)
+    monkeypatch.setattr(grpo, "logprobs", short)
+    got, metrics = gradient(v, model, data, 2000)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    assert metrics["micro_tokens"] < 100
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        gradient(v, model, data, 2000)
 
 
 # ---------------------------------------------------------------------------------------------------- gsm8k.py
@@ -959,7 +983,7 @@ def test_a_short_run_writes_everything(tmp_path, capsys):
 def test_every_other_flag_reaches_the_run(tmp_path):
     """--tie, --kl, --recompute, --reward lenient, --system, --minibatches; then training on from the adapter it made."""
     assert train.main([*TINY_RUN, "--params", "14", "--tie", "structured", "--kl", "0.01", "--recompute", "--reward", "lenient", "--system", "Be brief.", "--lr", "0.05",
-                       "--minibatches", "2", "--rollout-rows", "8", "--micro-tokens", "500", "--out", str(tmp_path / "a")]) == 0
+                       "--minibatches", "2", "--rollout-rows", "8", "--tokens-per-micro-batch", "500", "--out", str(tmp_path / "a")]) == 0
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log[1]["kl"] >= 0 and json.loads((tmp_path / "a" / "config.json").read_text())["trained"]["tie"] == "structured"
     assert all(json.loads(x)["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>") for x in (tmp_path / "a" / "samples.jsonl").read_text().splitlines())
@@ -1072,7 +1096,7 @@ def test_full_disk_ends_in_one_line(tmp_path):
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
 
 
-@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py"])
+@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "cache.py"])
 def test_files_stay_short_and_light(name):
     """350 lines at most, and nothing imported beyond torch, safetensors, tokenizers, numpy and what those bring."""
     import ast
@@ -1080,5 +1104,5 @@ def test_files_stay_short_and_light(name):
     assert len(text.splitlines()) <= 350
     found = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
              for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed"}
+    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed", "cache"}
     assert found - allowed <= set(sys.stdlib_module_names)

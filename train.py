@@ -226,8 +226,8 @@ def steps(model, chat, params, train_set, args):
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     reference = [p.detach().clone() for p in params] if args.kl > 0 else None
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
-    common = {"vocab": chat.vocab, "grad_clip": args.grad_clip, "micro_tokens": args.micro_tokens, "recompute": args.recompute,
-              "v_dtype": tinylora.DTYPES[args.v_dtype]}
+    common = {"vocab": chat.vocab, "grad_clip": args.grad_clip, "recompute": args.recompute, "v_dtype": tinylora.DTYPES[args.v_dtype],
+              "micro_tokens": args.tokens_per_micro_batch or (65536 if args.device.startswith("cuda") else 4096)}
     for step in range(args.steps):
         start = time.time()
         picks = [step * args.prompts + i for i in range(args.prompts)]  # positions in an endless series of shuffled epochs
@@ -247,6 +247,7 @@ def steps(model, chat, params, train_set, args):
             metrics |= grpo.update(model, params, optimizer, prompts, ids, mask, old_logp, advantage.flatten().to(ids.device), lr=lr,
                                    minibatches=args.minibatches, temperature=args.temperature, clip_low=args.clip_low,
                                    clip_high=args.clip_high, kl=args.kl, reference=reference, **common)
+        common["micro_tokens"] = metrics["micro_tokens"]  # halved when memory ran out: what fitted is where the next step starts
         tokens, seconds = int(mask.sum()), time.time() - start
         yield {"step": step + 1, **metrics, "length": tokens / len(prompts), "lr": lr[-1], "tokens": tokens, "tokens_per_s": tokens / seconds,
                "seconds": seconds, "memory_gb": memory_gb(args.device)}
@@ -265,7 +266,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; lower --rollout-rows or --max-new-tokens for sampling, --micro-tokens (or --recompute) for updates", file=sys.stderr)
+        print("error: out of memory; lower --rollout-rows or --max-new-tokens for sampling; for updates use --recompute", file=sys.stderr)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
