@@ -79,7 +79,7 @@ def parse(argv, description=""):
     add("--eval-every", type=whole, default=0, metavar="K", help="also evaluate greedily every K steps (0: never)")
     add("--eval-only", action="store_true", help="evaluate and stop")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
-    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="padded tokens per forward and backward (4096 on a CPU; "
+    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="padded tokens per forward and backward (2048 on a CPU; "
         "on cuda 65536, halved when memory runs out, until it fits)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
     add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")

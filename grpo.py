@@ -126,9 +126,10 @@ def logprobs(model, prompts, ids, mask, temperature=1.0, vocab=None, recompute=F
     lengths = torch.tensor([len(p) for p in number], device=device)
     padded = pad([list(p) for p in number], device)
     prefix = Prefix(*padded.shape, device)
-    first = model.hidden(padded, prefix, lengths, recompute)[rows, lengths[rows] - 1]  # (B, C): what predicts token 0
-    rest = model.hidden(ids[:, :-1], prefix.take(rows, ids.shape[1] - 1), mask.sum(1).clamp(max=ids.shape[1] - 1), recompute)  # (B, T - 1, C)
-    hidden = torch.cat((first[:, None], rest), 1)  # position t predicts token t
+    hidden = model.hidden(padded, prefix, lengths, recompute)[rows, lengths[rows] - 1][:, None]  # (B, 1, C): what predicts token 0
+    if (T := ids.shape[1] - 1) > 0:
+        rest = model.hidden(ids[:, :-1], prefix.take(rows, T), mask.sum(1).clamp(max=T), recompute)  # (B, T - 1, C)
+        hidden = torch.cat((hidden, rest), 1)  # position t predicts token t
     hidden, target = hidden[mask], ids[mask]  # (N, C), (N,)
 
     def head(hidden, target):
@@ -232,7 +233,7 @@ def accumulate(params, prompts, mask, rows, micro_tokens, backward):
 
 
 def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *, lr, minibatches=1, temperature=1.0, vocab=None, clip_low=0.2,
-           clip_high=0.4, kl=0.0, reference=None, grad_clip=1.0, micro_tokens=4096, recompute=False, v_dtype=torch.float32):
+           clip_high=0.4, kl=0.0, reference=None, grad_clip=1.0, micro_tokens=2048, recompute=False, v_dtype=torch.float32):
     """One step's updates on params. prompts: one list of ids per row; ids, mask, old_logp (B, T), advantage (B,), from the rollout.
 
     lr: one learning rate per update. reference: params' values in the policy that kl > 0 holds on to. Rows are split into
@@ -272,7 +273,7 @@ def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *,
             "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}
 
 
-def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=4096,
+def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=2048,
                recompute=False, v_dtype=torch.float32):
     """One step's updates by supervised finetuning: the mean -log p of all tokens under mask (responses, stop token included).
 

@@ -227,7 +227,7 @@ def steps(model, chat, params, train_set, args):
     reference = [p.detach().clone() for p in params] if args.kl > 0 else None
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
     common = {"vocab": chat.vocab, "grad_clip": args.grad_clip, "recompute": args.recompute, "v_dtype": tinylora.DTYPES[args.v_dtype],
-              "micro_tokens": args.tokens_per_micro_batch or (65536 if args.device.startswith("cuda") else 4096)}
+              "micro_tokens": args.tokens_per_micro_batch or (65536 if args.device.startswith("cuda") else 2048)}
     for step in range(args.steps):
         start = time.time()
         picks = [step * args.prompts + i for i in range(args.prompts)]  # positions in an endless series of shuffled epochs
