@@ -22,7 +22,7 @@ TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"),
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one clear line, not argparse's page of usage
-        raise InputError(f"{message}; see python train.py --help")
+        raise InputError(f"{message}; see python {self.prog} --help")
 
 
 def within(kind, low, high=2.0**63):

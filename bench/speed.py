@@ -137,38 +137,46 @@ def trl_trainer(s, out, **kw):
     rng = np.random.RandomState(0)
     config = GRPOConfig(output_dir=out, use_cpu=s.device == "cpu", bf16=s.device == "cuda", per_device_train_batch_size=s.P * s.G, gradient_accumulation_steps=1,
                         num_generations=s.G, max_completion_length=s.T, temperature=1.0, top_k=0, beta=0.0, loss_type="dapo", learning_rate=1e-4, report_to=[],
-                        logging_strategy="no", save_strategy="no", disable_tqdm=True, generation_kwargs={"min_new_tokens": s.T}, **kw)
+                        logging_strategy="no", save_strategy="no", disable_tqdm=True, **kw)
     peft = TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     return GRPOTrainer(get_peft_model(s.theirs(), peft), lambda completions, **kw: rng.randint(0, 2, len(completions)).astype(float).tolist(), args=config,
                        train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def step(args):
-    """Ours: generate + update. Theirs: GRPOTrainer.training_step, which rolls out, scores and runs forward and backward."""
+    """Ours: generate + update. Theirs: GRPOTrainer.training_step, which rolls out, scores and runs forward and backward; with its
+    defaults (activation checkpointing on) and at its fastest (off)."""
     s = Setup(args)
     model, v = s.ours()
     optimizer = torch.optim.AdamW([v], lr=1e-4, weight_decay=0.0)
 
-    def mine():
-        ids, mask, logp = s.sample(model, [-1])
+    def mine(stop_ids):
+        ids, mask, logp = s.sample(model, stop_ids)
         advantage = grpo.advantages(torch.from_numpy(s.rng.randint(0, 2, (s.P, s.G))).float()).flatten().to(s.device)
-        grpo.update(model, [v], optimizer, [p for p in s.prompts for _ in range(s.G)], ids, mask, logp, advantage, lr=[1e-4], vocab=s.chat.vocab)
+        grpo.update(model, [v], optimizer, [p for p in s.prompts for _ in range(s.G)], ids, mask, logp, advantage, lr=[1e-4], vocab=s.chat.vocab,
+                    micro_tokens=2048 if s.device == "cpu" else 65536)
 
-    times = {"ours": [], "theirs": []}
-    with tempfile.TemporaryDirectory() as out:
-        trainer = trl_trainer(s, out, max_steps=args.rounds + 1, gradient_checkpointing=False)
-        real = trainer.training_step
+    result = {}
+    for lengths, stop_ids, limits in (("natural lengths", s.chat.stop_ids, {}), ("all to the limit", [-1], {"generation_kwargs": {"min_new_tokens": s.T}})):
+        times = {"ours": []}
+        for name, checkpointing in (("trl, default", True), ("trl, fastest", False)):
+            times[name] = []
+            with tempfile.TemporaryDirectory() as out:
+                trainer = trl_trainer(s, out, max_steps=args.rounds + 1, gradient_checkpointing=checkpointing, **limits)
+                real = trainer.training_step
 
-        def both(*a, **kw):
-            took, result = seconds(lambda: real(*a, **kw))
-            times["theirs"].append(took)
-            times["ours"].append(seconds(mine)[0])
-            return result
-        trainer.training_step = both
-        trainer.train()
-    result = {side: round(median(x[1:]), 3) for side, x in times.items()}
-    result["ratio"] = round(result["theirs"] / result["ours"], 2)
-    print(f"step: seconds {result}", flush=True)
+                def both(*a, **kw):
+                    took, output = seconds(lambda: real(*a, **kw))
+                    times[name].append(took)
+                    times["ours"].append(seconds(lambda: mine(stop_ids))[0])
+                    return output
+                trainer.training_step = both
+                with contextlib.redirect_stdout(io.StringIO()):
+                    trainer.train()
+            times[name] = times[name][1:]
+        figures = {side: round(median(x), 3) for side, x in times.items()}
+        result[lengths] = figures | {f"ratio to {name}": round(figures[name] / figures["ours"], 2) for name in ("trl, default", "trl, fastest")}
+        print(f"step, {lengths}: seconds {result[lengths]}", flush=True)
     return result
 
 
@@ -219,7 +227,7 @@ def memory_of(args):
         model, v = s.ours()
         logp = torch.zeros(ids.shape, device=s.device)
         before = peak_gb()
-        grpo.update(model, [v], torch.optim.AdamW([v]), prompts, ids, mask, logp, advantage, lr=[1e-4], vocab=s.chat.vocab)
+        grpo.update(model, [v], torch.optim.AdamW([v]), prompts, ids, mask, logp, advantage, lr=[1e-4], vocab=s.chat.vocab, micro_tokens=2048)
     else:
         with tempfile.TemporaryDirectory() as out:
             trainer = trl_trainer(s, out, max_steps=1, gradient_checkpointing=args.side == "trl, checkpointing")
