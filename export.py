@@ -14,8 +14,8 @@ import torch
 import lora
 import model as transformer
 import tinylora
+from files import InputError
 from flags import Parser, find_model
-from model import InputError
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def export(args):
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: is there already and not an empty folder; choose another")
-    name = args.model or tinylora.read(args.adapter)[1].get("model")
+    name = args.model or tinylora.read(args.adapter)[1]["model"]
     if not name:
         raise InputError(f"{args.adapter}: does not say which model it was made for; give it as --model")
     folder = find_model(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import tinylora
-from model import InputError, read_json
+from files import InputError, read_json
 
 TOY = Path(__file__).resolve().parent / "toy"
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # the first: the fork's 1e-5 at its scale of 16
@@ -94,10 +94,11 @@ def parse(argv, description=""):
             if name not in known or name in ("help", "model", "adapter", "out", "eval_only", "method"):
                 raise InputError(f"{defaults}: {key!r} is not a flag that a model folder may set")
             action = known[name]
-            if (action.choices and value not in action.choices) or (action.nargs == 0) != isinstance(value, bool):
+            text = not action.type and not action.choices and action.nargs != 0
+            if (action.choices and value not in action.choices) or (action.nargs == 0) != isinstance(value, bool) or (text and not isinstance(value, str)):
                 raise InputError(f"{defaults}: {value!r} will not do for {key!r}")
             if name == "data" and value != "gsm8k":
-                value = str(defaults.parent / str(value))  # a folder, beside the file that names it
+                value = str(defaults.parent / value)  # a folder, beside the file that names it
             cli.set_defaults(**{name: str(value) if action.type else value})  # text, which argparse checks and converts
     args = cli.parse_args(argv)
     check(args)
@@ -113,7 +114,7 @@ def check(args):
         if not Path(args.adapter).exists():
             raise InputError(f"--adapter {args.adapter}: no such file or folder")
         # PEFT keeps a LoRA as a folder; our own files say what they are
-        made = "lora" if Path(args.adapter).is_dir() else tinylora.read(args.adapter)[1].get("method", "tinylora")
+        made = "lora" if Path(args.adapter).is_dir() else tinylora.read(args.adapter)[1]["method"]
         if args.method not in (None, made):
             raise InputError(f"--method {args.method}: {args.adapter} was made with {made}"
                              + ("; a fully trained model is given as --model" if args.method == "full" else ""))

@@ -16,13 +16,8 @@ from every real token: a whole-sequence pass needs no mask and no shifted positi
 which position each of its columns holds, so "may this query see that key" is one comparison of positions,
 however ragged the rows are. No mask is ever guessed from `ids != pad`.
 """
-import json
 import math
-import os
-from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,110 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
+from files import InputError, read_config, shard_files
+
 NEVER = 2**31 - 1  # the position of a cache column that no query may see
-
-
-class InputError(Exception):
-    """A mistake in what the user gave (a file, a flag, a folder): told in one line, exit code 2."""
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`; renamed over it when the block ends well, removed when it does not.
-
-    So a reader never meets half a file. InputError when the disk is full or the folder cannot be written.
-    """
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@dataclass
-class Config:
-    """The fields of config.json that change the function computed, under Hugging Face's names."""
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None
-    tie_word_embeddings: bool
-
-
-def read_json(path):
-    """The JSON object in a file; InputError names the file when it is missing or is not one."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return value
-
-
-def read_config(folder):
-    """config.json -> Config. InputError names the field that is missing, unknown or unsupported."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --model takes a folder with config.json, *.safetensors and tokenizer.json")
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind not in ("qwen2", "llama"):
-        raise InputError(f"{path}: model_type is {kind!r}; this project reads 'qwen2' (Qwen2, Qwen2.5) and 'llama' (Llama 3)")
-    if raw.get("quantization_config"):
-        raise InputError(f"{path}: quantization_config is set; quantised weights are not supported, use the original checkpoint")
-    if raw.get("use_sliding_window") or "sliding_attention" in str(raw.get("layer_types")):
-        raise InputError(f"{path}: use_sliding_window (or a sliding layer type) is on; only full attention is supported")
-    for field, supported in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
-        if raw.get(field, supported) != supported and (kind, field) != ("qwen2", "attention_bias"):  # Qwen2 has its bias whatever that says
-            raise InputError(f"{path}: {field} is {raw[field]!r}; only {supported!r} is supported for {kind}")
-
-    def number(field, kind=int, default=None):
-        value = raw.get(field, default)
-        if value is None:
-            raise InputError(f"{path}: the field {field} is missing")
-        if type(value) not in (int, kind) or not 0 < value < 2**31:
-            raise InputError(f"{path}: {field} is {value!r}; it must be a positive {kind.__name__}")
-        return kind(value)  # 10000 and 10000.0 are one config, with one fingerprint
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    # transformers 5 writes one dict, rope_parameters, where 4 wrote rope_theta and rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling is {rope!r}; it must be an object or null")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise InputError(f"{path}: rope type {rope_type!r} is not supported; only 'default' and 'llama3' are")
-    raw["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta", 10000.0)
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if rope_type == "llama3" and not all(isinstance(rope.get(f), (int, float)) and rope[f] > 0 for f in fields):
-        raise InputError(f"{path}: llama3 rope scaling needs positive numbers for {', '.join(fields)}")
-    config = Config(
-        model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden,
-        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=number("num_key_value_heads", default=heads),
-        # null counts as absent: some published configs carry "head_dim": null
-        head_dim=number("head_dim", default=hidden // heads) if raw.get("head_dim") else hidden // heads,
-        rms_norm_eps=number("rms_norm_eps", float, 1e-6), rope_theta=number("rope_theta", float),
-        rope_scaling={f: float(rope[f]) for f in fields} if rope_type == "llama3" else None,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
-    if heads % config.num_key_value_heads:
-        raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}")
-    if config.head_dim < 2 or config.head_dim % 2:
-        raise InputError(f"{path}: head_dim is {config.head_dim}; rotary positions need an even number")
-    return config
 
 
 def rope_frequencies(config):
@@ -295,24 +189,6 @@ class Transformer(nn.Module):
 
     def forward(self, ids, cache=None, lengths=None):
         return self.logits(self.hidden(ids, cache, lengths))
-
-
-def shard_files(folder):
-    """The safetensors files of a model folder; InputError names the shard that is missing or outside it."""
-    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-        return [folder / "model.safetensors"]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index}: weight_map is missing or is not a map from tensor to file")
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise InputError(f"{index}: shard {name!r} is a path; shards must lie in the model's own folder")
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: this shard is named in {index.name} but is not there; download it again")
-    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def load(path, dtype=torch.float32, device="cpu"):

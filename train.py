@@ -24,8 +24,8 @@ import grpo
 import lora
 import model as transformer
 import tinylora
+from files import InputError, replacing
 from flags import find_model, parse
-from model import InputError, replacing
 
 
 SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f", "gap": ".0e",
