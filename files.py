@@ -138,7 +138,7 @@ def read_config(folder):
         raise InputError(f"{path}: tie_word_embeddings is {tied!r}; it must be true or false")
     config = Config(
         model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden,
-        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers", high=1000),
+        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers", high=256),
         num_attention_heads=heads, num_key_value_heads=number("num_key_value_heads", default=heads),
         head_dim=number("head_dim", default=hidden // heads),
         rms_norm_eps=number("rms_norm_eps", 1e-12, 1.0, 1e-6),

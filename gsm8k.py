@@ -144,12 +144,7 @@ class Chat:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        try:
-            self.tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json"))
-        except InputError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer ({error})") from None
+        self.tokenizer = self.ask(Tokenizer.from_str, read_text(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()  # some files carry a limit from their training
         self.tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
@@ -178,6 +173,15 @@ class Chat:
         if not self.stop_ids:
             raise InputError(f"{folder}: no end-of-turn token in generation_config.json, config.json or the tokenizer")
 
+    def ask(self, function, *args, **kw):
+        """What a function of the tokenizer returns. The library raises bare Exception, and its panics are not even that."""
+        try:
+            return function(*args, **kw)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise InputError(f"{self.folder / 'tokenizer.json'}: cannot be used as a tokenizer ({error})") from None
+
     def render(self, values=None):
         """What the template makes of the values, or None, of its grammar alone. It is code, and runs elsewhere: template.py."""
         text, error = render(self.template, values)
@@ -195,12 +199,12 @@ class Chat:
 
     def prompt(self, prompt, system=None):
         """Token ids of the prompt. The template writes any BOS itself, so the tokenizer must not add a second one."""
-        return self.tokenizer.encode(self.text(prompt, system), add_special_tokens=False).ids
+        return self.ask(self.tokenizer.encode, self.text(prompt, system), add_special_tokens=False).ids
 
     def response(self, prompt, response, system=None):
         """Token ids that the model should have answered with, up to and including the first stop token (for SFT)."""
         before, whole = self.text(prompt, system), self.text(prompt, system, response)
-        ids = self.tokenizer.encode(whole[len(before):], add_special_tokens=False).ids
+        ids = self.ask(self.tokenizer.encode, whole[len(before):], add_special_tokens=False).ids
         end = next((i for i, token in enumerate(ids, 1) if token in self.stop_ids), None)
         if not whole.startswith(before) or end is None:
             raise InputError(f"{self.folder}: its chat template does not write an assistant's turn as prompt, response, stop token")
@@ -208,4 +212,4 @@ class Chat:
 
     def decode(self, ids, mask):
         """The response's text without its stop token: nothing after the stop token is ever scored."""
-        return self.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+        return self.ask(self.tokenizer.decode, ids[mask].tolist(), skip_special_tokens=True)

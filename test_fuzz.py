@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -20,16 +21,17 @@ import torch
 import gsm8k
 import lora
 import model as transformer
+import template
 import tinylora
 import train
 from files import InputError
-from test_tinylora import ROOT, TOY, tiny, write_folder
+from test_tinylora import TOY, tiny, write_folder
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-COUNTS = {"config.json": 450, "model.safetensors.index.json": 150, "model-00001-of-00002.safetensors": 300, "tokenizer_config.json": 300,
-          "generation_config.json": 150, "tinylora.json": 100, "problems.jsonl": 250, "adapter.safetensors": 200, "lora/adapter_config.json": 100}
+COUNTS = {"config.json": 400, "model.safetensors.index.json": 150, "model-00001-of-00002.safetensors": 250, "tokenizer_config.json": 250,
+          "tokenizer.json": 150, "generation_config.json": 150, "tinylora.json": 100, "problems.jsonl": 250, "adapter.safetensors": 200, "lora/adapter_config.json": 100}
 DEEP = {'"@900"': "[" * 900 + "]" * 900, '"@980"': '{"a":' * 980 + "1" + "}" * 980, '"@100000"': "[" * 100000 + "]" * 100000,
         '"@1e999"': "1e999", '"@digits"': "1" * 5000}  # what json.dumps does not write
 NASTY = [None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, 10**8, 2**31 - 1, 2**31, 2**63, 10**400, 1e308, 1e-320, float("nan"), float("inf"), -float("inf"),
@@ -167,6 +169,7 @@ def use(folder, name):
         ids = [i for i in chat.prompt("What is 2 + 2?", "Be brief.") if i < model.config.vocab_size]
         with torch.no_grad():
             model(torch.tensor([ids[:8] or [1]]))
+        chat.decode(torch.tensor([1, 2, 560]), torch.tensor([True, True, True]))
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -197,3 +200,106 @@ def test_damaged_files_are_read_or_refused(name, good, tmp_path):
     finally:
         (good / name).write_bytes(whole)
     print(f"{name}: {seen}")
+
+
+HOSTILE = {  # templates: what they try, and a word of the message
+    "count for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", "CPU"),
+    "10 GB at once": ("{{ 'x' * 10**10 }}", "MemoryError"),
+    "10 GB by doubling": ("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}", "MemoryError"),
+    "10 GB by formatting": ("{{ '{:>9999999999}'.format(1) }}", "MemoryError"),
+    "a prompt of 5 MB": ("{% for i in range(5000) %}{{ 'x' * 1000 }}{% endfor %}", "1,000,000"),
+    "calling itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "Recursion"),
+    "a deep expression": ("{{ " + "-" * 200000 + "1 }}", "Recursion"),
+    "reading a file": ("{% include '/etc/passwd' %}", "loader"),
+    "two lines of error": ("{{ raise_exception('one\ntwo\x1b[31m') }}", "one\\ntwo\\x1b[31m"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_templates_are_stopped(name, good, tmp_path):
+    """Bounded in time, memory and length, from another thread too; the next template works again, in 10 s at the most."""
+    folder, start = shutil.copytree(good, tmp_path / "m"), time.time()
+    (folder / "chat_template.jinja").write_text(HOSTILE[name][0])
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError) as error:
+        pool.submit(lambda: gsm8k.Chat(folder).text("Q?")).result()
+    assert HOSTILE[name][1] in str(error.value) and str(error.value).isprintable()
+    assert gsm8k.Chat(TOY).text("Q?").endswith("assistant\n") and time.time() - start < 10
+
+
+def test_an_interrupted_rendering_is_not_the_next_ones_answer(monkeypatch):
+    """Ctrl-C between question and answer: the answer must not be read as that to the next question."""
+    assert template.render("{{ x }}", {"x": "first"}) == ["first", None]
+    with monkeypatch.context() as m:
+        m.setattr(template.json, "loads", lambda text: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            template.render("{{ x }}", {"x": "second"})
+    assert template.render("{{ x }}", {"x": "third"}) == ["third", None]
+
+
+def resized(name, size):
+    return lambda folder: (folder / name).touch() or os.truncate(folder / name, size)  # a hole: no disk is used
+
+
+def rewritten(name, data):
+    return lambda folder: (folder / name).unlink(missing_ok=True) or (folder / name).write_bytes(data)
+
+
+def piped(name):
+    return lambda folder: (folder / name).unlink(missing_ok=True) or os.mkfifo(folder / name)
+
+
+def configured(**changes):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
+ABSURD = {  # what is done to the folder, and a word of the message
+    "a 2 GB tokenizer": (resized("tokenizer.json", 2 << 30), "2,147,483,648 bytes"),
+    "a 2 GB config": (resized("config.json", 2 << 30), "config.json"),
+    "a 2 GB template": (resized("chat_template.jinja", 2 << 30), "chat_template.jinja"),
+    "a pipe for a tokenizer": (piped("tokenizer.json"), "no such file"),
+    "a pipe for a template": (piped("chat_template.jinja"), None),  # not a file: not there
+    "a pipe for a shard": (piped("model-00001-of-00002.safetensors"), "not there"),
+    "a template that is no text": (rewritten("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja"),
+    "a header of 100 GB": (rewritten("model-00001-of-00002.safetensors", (100 << 30).to_bytes(8, "little") + b"{" * 100), "header too large"),
+    "an offset of 10**18": (rewritten("model-00001-of-00002.safetensors", (63).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%d]}}' % 10**18 + b" " * 90), "damaged"),
+    "10**8 layers": (configured(num_hidden_layers=10**8), "num_hidden_layers"),
+    "256 layers": (configured(num_hidden_layers=256), "in no shard"),
+    "a hidden size of 2**30": (configured(hidden_size=2**30), "hidden_size"),
+    "all sizes at their limit": (configured(hidden_size=2**20, intermediate_size=2**20, vocab_size=2**20, num_attention_heads=2**20, head_dim=2**20, num_key_value_heads=2**20), "shape"),
+    "a negative size": (configured(intermediate_size=-1), "intermediate_size"),
+    "true for a number": (configured(num_attention_heads=True), "num_attention_heads"),
+    "text for a number": (configured(vocab_size="576"), "vocab_size"),
+    "text for a truth value": (configured(tie_word_embeddings="false"), "tie_word_embeddings"),
+    "rope_theta 1e-300": (configured(rope_theta=1e-300), "rope_theta"),
+    "rope_theta NaN": (configured(rope_theta=float("nan")), "rope_theta"),
+    "rope_theta 0": (configured(rope_theta=0), "rope_theta"),
+    "an infinite rope factor": (configured(rope_scaling={"rope_type": "llama3", "factor": float("inf"), "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32}), "factor"),
+    "a rope that divides by 0": (configured(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 32}), "low_freq_factor"),
+    "100,000 brackets": (rewritten("config.json", b"[" * 100000), "recursion"),
+    "a shard elsewhere": (rewritten("model.safetensors.index.json", b'{"weight_map": {"a": "/etc/passwd"}}'), "own folder"),
+    "a shard called ..": (rewritten("model.safetensors.index.json", b'{"weight_map": {"a": ".."}}'), "own folder"),
+    "no tokens": (rewritten("tokenizer.json", b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'), "no tokens"),
+    "W&B from a model folder": (rewritten("tinylora.json", b'{"wandb": "mine"}'), "wandb"),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_folders_are_refused_soon(name, good, tmp_path, capsys):
+    """train.py itself: exit code 2 and one line, before anything of that size is read, built or waited for."""
+    folder, start = shutil.copytree(good, tmp_path / "m"), time.time()
+    ABSURD[name][0](folder)
+    code = train.main(["--model", str(folder), "--data", str(TOY), "--eval-only", "--eval-count", "2", "--max-new-tokens", "4", "--out", str(tmp_path / "out")])
+    message = capsys.readouterr().err
+    assert time.time() - start < 10
+    if ABSURD[name][1] is None:
+        assert code == 0, message
+    else:
+        assert code == 2 and message.startswith("error: ") and message.count("\n") == 1 and ABSURD[name][1] in message, message
+
+
+def test_a_cache_of_links_still_loads(good, tmp_path):
+    """The hub's cache is a folder of symbolic links to files outside it: links are followed, names in files are not."""
+    (tmp_path / "m").mkdir()
+    for path in good.glob("*.*"):
+        (tmp_path / "m" / path.name).symlink_to(path)
+    use(tmp_path / "m", "config.json")
