@@ -18,6 +18,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 import pytest
 import torch
 
+import export
 import gsm8k
 import lora
 import model as transformer
@@ -161,8 +162,10 @@ def use(folder, name):
             gsm8k.Chat(folder).prompt(row["prompt"])
     elif name.startswith("adapter"):
         train.parse(["--model", str(folder), "--adapter", str(folder / name)])
+        export.show(folder / name)
         tinylora.load(folder / name, transformer.load(folder))
     elif name.startswith("lora"):
+        export.show(folder / "lora")
         lora.load(folder / "lora", transformer.load(folder))
     else:
         model, chat = transformer.load(folder), gsm8k.Chat(folder)

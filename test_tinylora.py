@@ -442,6 +442,23 @@ def test_damaged_lora_folders_are_told_in_one_line(name, tmp_path, capsys):
     assert message.count("\n") == 1 and message.startswith("error: ") and all(word in message for word in words), message
 
 
+def test_show_says_what_an_adapter_is(tmp_path, capsys):
+    """python tinylora.py show: numbers, bytes, how it is rebuilt, the base and v, of our files; a line of PEFT's folders; no model is read."""
+    model = tiny()
+    v = random_v(tinylora.adapt(model, 13, seed=5))
+    tinylora.save(tmp_path / "a.safetensors", v, model, "bf16", "owner/base")
+    assert export.main(["show", str(tmp_path / "a.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("13 trained numbers in bf16: 26 bytes", "13 tiled groups x u 1", "rank 2", "seed 5", "'owner/base'", model.adapter["base"][:12])), out
+    assert out.split(": ")[-1].split() == [f"{x:+.4g}" for x in v.bfloat16().flatten().tolist()]
+    model = tiny()
+    lora.adapt(model, rank=3)
+    lora.save(tmp_path / "lora", model, base="owner/base")
+    assert export.main(["show", str(tmp_path / "lora")]) == 0
+    assert all(words in capsys.readouterr().out for words in ("rank 3", "alpha 32", "'owner/base'"))
+    assert export.main(["show", str(TOY / "model.safetensors")]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", [["--to", "peft"], ["--to", "gguf", "--out", "x"], ["--to", "peft", "--out", str(TOY)], ["--to", "merged", "--out", "/proc/x"], ["--model", "nowhere", "--to", "peft", "--out", "new"]], ids=" ".join)
 def test_export_mistakes_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

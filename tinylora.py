@@ -28,7 +28,7 @@ THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes of
 enough because all else can be rebuilt exactly: P comes from numpy's RandomState, a stream frozen by policy, seeded
 by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified
 by a fingerprint. Bit for bit on the same machine; elsewhere to the SVD's tolerance (another thread count or device
-sums in another order). U S and V are kept in the base's dtype. For other tools: python tinylora.py export --help.
+sums in another order). U S and V are kept in the base's dtype. See python tinylora.py show|export.
 """
 import hashlib
 import json
