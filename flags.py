@@ -16,6 +16,7 @@ from files import InputError, read_json
 
 TOY = Path(__file__).resolve().parent / "toy"
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # the first: the fork's 1e-5 at its scale of 16
+RESERVED = ("help", "model", "adapter", "out", "eval_only", "chat", "wandb", "tensorboard", "method")  # what tinylora.json may not set
 SHAPE = ("params", "u", "n_tie", "tie", "rank", "alpha")  # the flags that say how many numbers there are, and
 TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}  # who takes which
 
@@ -78,10 +79,13 @@ def parse(argv, description=""):
     add("--eval-count", type=count, default=None, metavar="N", help="test problems, the first N (default: all)")
     add("--eval-every", type=whole, default=0, metavar="K", help="also evaluate greedily every K steps (0: never)")
     add("--eval-only", action="store_true", help="evaluate and stop")
+    add("--chat", action="store_true", help="answer questions typed in, base and --adapter side by side")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
     add("--micro-tokens", type=count, default=4096, metavar="N", help="padded tokens per forward and backward (4096: 20 GB on 7B by estimate)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
     add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")
+    add("--wandb", default=None, metavar="PROJECT", help="also send the log to Weights & Biases (off; needs wandb)")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard, to --out (off; needs tensorboard)")
     args = cli.parse_args(argv)
     check(args)  # before anything is fetched
     defaults = Path(find_model(args.model)) / "tinylora.json"
@@ -91,7 +95,7 @@ def parse(argv, description=""):
             name = key.replace("-", "_")
             if name in (*SHAPE, "lr") and args.method != "tinylora":
                 continue
-            if name not in known or name in ("help", "model", "adapter", "out", "eval_only", "method"):
+            if name not in known or name in RESERVED:
                 raise InputError(f"{defaults}: {key!r} is not a flag that a model folder may set")
             action = known[name]
             text = not action.type and not action.choices and action.nargs != 0
