@@ -233,7 +233,7 @@ def test_an_interrupted_rendering_is_not_the_next_ones_answer(monkeypatch):
     """Ctrl-C between question and answer: the answer must not be read as that to the next question."""
     assert template.render("{{ x }}", {"x": "first"}) == ["first", None]
     with monkeypatch.context() as m:
-        m.setattr(template.json, "loads", lambda text: (_ for _ in ()).throw(KeyboardInterrupt()))
+        m.setattr(template.child.stdout, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             template.render("{{ x }}", {"x": "second"})
     assert template.render("{{ x }}", {"x": "third"}) == ["third", None]
@@ -257,8 +257,8 @@ def configured(**changes):
 
 ABSURD = {  # what is done to the folder, and a word of the message
     "a 2 GB tokenizer": (resized("tokenizer.json", 2 << 30), "2,147,483,648 bytes"),
-    "a 2 GB config": (resized("config.json", 2 << 30), "config.json"),
-    "a 2 GB template": (resized("chat_template.jinja", 2 << 30), "chat_template.jinja"),
+    "a 2 GB config": (resized("config.json", 2 << 30), "2,147,483,648 bytes"),
+    "a 2 GB template": (resized("chat_template.jinja", 2 << 30), "2,147,483,648 bytes"),
     "a pipe for a tokenizer": (piped("tokenizer.json"), "no such file"),
     "a pipe for a template": (piped("chat_template.jinja"), None),  # not a file: not there
     "a pipe for a shard": (piped("model-00001-of-00002.safetensors"), "not there"),
@@ -282,6 +282,7 @@ ABSURD = {  # what is done to the folder, and a word of the message
     "a shard elsewhere": (rewritten("model.safetensors.index.json", b'{"weight_map": {"a": "/etc/passwd"}}'), "own folder"),
     "a shard called ..": (rewritten("model.safetensors.index.json", b'{"weight_map": {"a": ".."}}'), "own folder"),
     "no tokens": (rewritten("tokenizer.json", b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'), "no tokens"),
+    "half a surrogate pair": (rewritten("tinylora.json", b'{"system": "\\ud800"}'), "surrogates"),
     "W&B from a model folder": (rewritten("tinylora.json", b'{"wandb": "mine"}'), "wandb"),
 }
 

@@ -1062,7 +1062,7 @@ def test_chat_answers_as_the_base_and_as_the_adapter(tmp_path, capsys, monkeypat
     model = transformer.load(TOY)
     params = lora.adapt(model, 2)
     for i, p in enumerate(params[1::2]):
-        random_v(p, 0.003, seed=i)
+        random_v(p, 0.01, seed=i)
     assert chat.answers(model, text, params, args, question) == {"base": base, "adapted": alone(model)} and alone(model) != base
     monkeypatch.setattr(text, "decode", lambda ids, mask: "a\x1b[31m\nb")
     assert chat.answers(model, text, [], args, question) == {"base": "a\\x1b[31m\nb"}
