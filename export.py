@@ -1,4 +1,7 @@
-"""Adapters for the tools people have: python tinylora.py export ADAPTER --to peft|merged --out DIR
+"""What an adapter is, and adapters for the tools people have:
+
+    python tinylora.py show ADAPTER
+    python tinylora.py export ADAPTER --to peft|merged --out DIR
 
     peft    an ordinary LoRA of TinyLoRA's rank, exactly equal to it: B = U S, A = R V^T, alpha = r. PEFT, vLLM, llama.cpp load it.
     merged  the whole model with W + U S R V^T for W. In bf16 much of so small an update rounds away: the report says how much.
@@ -14,8 +17,8 @@ import torch
 import lora
 import model as transformer
 import tinylora
+from files import InputError, read_json
 from flags import Parser, find_model
-from model import InputError
 
 
 @torch.no_grad()
@@ -55,7 +58,7 @@ def export(args):
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: is there already and not an empty folder; choose another")
-    name = args.model or tinylora.read(args.adapter)[1].get("model")
+    name = args.model or tinylora.read(args.adapter)[1]["model"]
     if not name:
         raise InputError(f"{args.adapter}: does not say which model it was made for; give it as --model")
     folder = find_model(name)
@@ -72,17 +75,40 @@ def export(args):
               f"as they were; what is left of the update is off by {report['lost']:.1%} of its size")
 
 
+def show(path):
+    """What an adapter file or a LoRA's folder is, for a reader; needs no model."""
+    if Path(path).is_dir():  # PEFT's
+        config = read_json(Path(path) / "adapter_config.json")
+        print(f"{path}: a LoRA in PEFT's format, rank {config.get('r')!r}, alpha {config.get('lora_alpha')!r}, for the model {config.get('base_model_name_or_path')!r}")
+        return
+    v, settings = tinylora.read(path)
+    dtype = {x: name for name, x in tinylora.DTYPES.items()}[v.dtype]
+    print(f"{path}: {settings['method']}, {v.numel()} trained numbers in {dtype}: {v.nbytes} bytes, in a file of {Path(path).stat().st_size}")
+    print(f"numbers     {settings['groups']} {settings['tie']} groups x u {settings['u']}" + (f", n_tie {settings['n_tie']}" if settings["n_tie"] else ""))
+    P = f"random P of seed {settings['seed']}" if settings["method"] == "tinylora" else "R = v"
+    print(f"rebuilt     from the base model's SVD of rank {settings['rank']} and {P}, on {settings['targets'][:200]!r}")  # !r: the file may say anything
+    print(f"base model  {repr(settings['model'][:200]) if settings['model'] else 'not named'}, fingerprint {settings['base'][:12]!r}...")
+    shown = " ".join(f"{x:+.4g}" for x in v[:28].tolist())
+    print(f"v           |v| = {v.double().norm():.4g}: {shown}" + (" ..." if v.numel() > 28 else ""))
+
+
 def main(argv=None):
     """Exit codes: 0, or 2 (a mistake of the user's, told in one line)."""
     cli = Parser(prog="tinylora.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    cli.add_argument("command", choices=["export"])
+    cli.add_argument("command", choices=["show", "export"])
     cli.add_argument("adapter", metavar="ADAPTER", help="an adapter.safetensors that train.py wrote")
-    cli.add_argument("--to", required=True, choices=["peft", "merged"])
-    cli.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    cli.add_argument("--to", choices=["peft", "merged"])
+    cli.add_argument("--out", metavar="DIR", help="a new folder")
     cli.add_argument("--model", metavar="M", help="the base model: a folder or a name on the hub")
     cli.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the numbers written (fp32)")
     try:
-        export(cli.parse_args(argv))
+        args = cli.parse_args(argv)
+        if args.command == "show":
+            show(args.adapter)
+            return 0
+        if not (args.to and args.out):
+            raise InputError("export needs --to peft or --to merged, and --out DIR")
+        export(args)
         return 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 import tinylora
-from model import InputError, read_json
+from files import InputError, read_json
 
 TOY = Path(__file__).resolve().parent / "toy"
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # the first: the fork's 1e-5 at its scale of 16
+RESERVED = ("help", "model", "adapter", "out", "eval_only", "chat", "wandb", "tensorboard", "method")  # what tinylora.json may not set
 SHAPE = ("params", "u", "n_tie", "tie", "rank", "alpha")  # the flags that say how many numbers there are, and
 TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}  # who takes which
 
@@ -78,11 +79,14 @@ def parse(argv, description=""):
     add("--eval-count", type=count, default=None, metavar="N", help="test problems, the first N (default: all)")
     add("--eval-every", type=whole, default=0, metavar="K", help="also evaluate greedily every K steps (0: never)")
     add("--eval-only", action="store_true", help="evaluate and stop")
+    add("--chat", action="store_true", help="answer questions typed in, base and --adapter side by side")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
     add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="padded tokens per forward and backward (2048 on a CPU; "
         "on cuda 65536, halved when memory runs out, until it fits)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
     add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")
+    add("--wandb", default=None, metavar="PROJECT", help="also send the log to Weights & Biases (off; needs wandb)")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard, to --out (off; needs tensorboard)")
     args = cli.parse_args(argv)
     check(args)  # before anything is fetched
     defaults = Path(find_model(args.model)) / "tinylora.json"
@@ -92,13 +96,14 @@ def parse(argv, description=""):
             name = key.replace("-", "_")
             if name in (*SHAPE, "lr") and args.method != "tinylora":
                 continue
-            if name not in known or name in ("help", "model", "adapter", "out", "eval_only", "method"):
+            if name not in known or name in RESERVED:
                 raise InputError(f"{defaults}: {key!r} is not a flag that a model folder may set")
             action = known[name]
-            if (action.choices and value not in action.choices) or (action.nargs == 0) != isinstance(value, bool):
+            text = not action.type and not action.choices and action.nargs != 0
+            if (action.choices and value not in action.choices) or (action.nargs == 0) != isinstance(value, bool) or (text and not isinstance(value, str)):
                 raise InputError(f"{defaults}: {value!r} will not do for {key!r}")
             if name == "data" and value != "gsm8k":
-                value = str(defaults.parent / str(value))  # a folder, beside the file that names it
+                value = str(defaults.parent / value)  # a folder, beside the file that names it
             cli.set_defaults(**{name: str(value) if action.type else value})  # text, which argparse checks and converts
     args = cli.parse_args(argv)
     check(args)
@@ -114,7 +119,7 @@ def check(args):
         if not Path(args.adapter).exists():
             raise InputError(f"--adapter {args.adapter}: no such file or folder")
         # PEFT keeps a LoRA as a folder; our own files say what they are
-        made = "lora" if Path(args.adapter).is_dir() else tinylora.read(args.adapter)[1].get("method", "tinylora")
+        made = "lora" if Path(args.adapter).is_dir() else tinylora.read(args.adapter)[1]["method"]
         if args.method not in (None, made):
             raise InputError(f"--method {args.method}: {args.adapter} was made with {made}"
                              + ("; a fully trained model is given as --model" if args.method == "full" else ""))

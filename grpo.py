@@ -34,8 +34,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cache import Cache, Prefix
-from model import InputError, upcast
+from files import InputError
+from model import Cache, Prefix, upcast
 
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 

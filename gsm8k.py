@@ -12,19 +12,16 @@ last \\boxed{} of the text, and answers are LaTeX, compared by boxed.py.
 """
 import hashlib
 import http.client
-import json
 import os
 import re
-import time
 import urllib.request
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from boxed import boxed, same
-from model import InputError, read_json, replacing
+from files import InputError, parse_json, read_json, read_text, replacing
+from template import render
 
 SCORES = ("strict", "lenient", "format")
 INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'  # the paper's, one user turn
@@ -98,23 +95,20 @@ def read_problems(path):
     "problem" and "answer" (LaTeX or a number; "solution" beside it, if at all). Rows of MATH's kind with an empty answer
     are left out, as its copies have a few. InputError names the file and the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    lines = read_text(path, 1 << 30).split("\n")  # splitlines would also cut at U+2028
     rows = []
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {n}: not JSON ({error})") from None
         row = row if isinstance(row, dict) else {}
         is_boxed = isinstance(row.get("problem"), str)
         question, answer, solution = row.get("problem" if is_boxed else "question"), row.get("answer"), row.get("solution")
         if type(answer) in (int, float):
-            answer = f"{answer:.0f}" if answer == answer // 1 else str(answer)
+            answer = f"{answer:.0f}" if type(answer) is float and answer == answer // 1 else str(answer)
         if not isinstance(question, str) or not isinstance(answer, str) or not question.strip() or not (is_boxed or answer.strip()):
             raise InputError(f'{path}, line {n}: needs "question" and "answer", or "problem" and "answer", all text')
         if is_boxed:
@@ -124,7 +118,7 @@ def read_problems(path):
         gold = extract_answer(answer, strict=False)
         if gold is None:
             raise InputError(f"{path}, line {n}: there is no number in its answer")
-        worked = re.sub("<<.*?>>", "", answer) if "####" in answer else None  # <<2*3=6>> is for calculators, not for readers
+        worked = re.sub("<<[^<>]*>>", "", answer) if "####" in answer else None  # <<2*3=6>> is for calculators, not for readers
         rows.append({"prompt": question + INSTRUCTION, "answer": answer, "boxed": False, "gold": gold, "solution": worked})
     if not rows:
         raise InputError(f"{path}: holds no problems")
@@ -145,53 +139,55 @@ def load_data(data, eval_only=False):
     return tuple(read_problems(Path(data) / f"{split}.jsonl") for split in ("train", "test"))
 
 
-def fail(message):
-    """raise_exception, which templates expect to find."""
-    raise TemplateError(message)
-
-
 class Chat:
     """A model folder's text side: tokenizer, chat template, stop ids. `vocab` is how many ids the tokenizer really has."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer ({error})") from None
+        self.tokenizer = self.ask(Tokenizer.from_str, read_text(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()  # some files carry a limit from their training
         self.tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
         template = config.get("chat_template")
         if (folder / "chat_template.jinja").is_file():  # where newer checkpoints keep it
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            template = read_text(folder / "chat_template.jinja")
         if isinstance(template, list):  # several named templates
             template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
         if not isinstance(template, str):
             raise InputError(f"{folder / 'tokenizer_config.json'}: has no chat_template; use an instruct model")
-        # The folder is somebody else's and a template is code: jinja's sandbox lets it format messages and no more.
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        env.globals["raise_exception"] = fail
-        env.globals["strftime_now"] = time.strftime  # Llama 3.2 writes the date into its prompts: a run is of its day
-        self.special = {}
+        self.template, self.special = template, {}
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = config.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 self.special[key] = token
-        try:
-            self.template = env.from_string(template)
-        except TemplateError as error:
-            raise InputError(f"{folder}: its chat template fails ({error})") from None
+        self.render()
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InputError(f"{folder / 'tokenizer.json'}: holds no tokens")
         self.vocab = max(vocabulary.values()) + 1
         self.stop_ids = {vocabulary[t] for t in (*END_OF_TURN, self.special.get("eos_token")) if t in vocabulary}
         for name in ("generation_config.json", "config.json"):
             eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-            self.stop_ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int) and 0 <= i < self.vocab}
+            self.stop_ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int and 0 <= i < self.vocab}
         if not self.stop_ids:
             raise InputError(f"{folder}: no end-of-turn token in generation_config.json, config.json or the tokenizer")
+
+    def ask(self, function, *args, **kw):
+        """What a function of the tokenizer returns. The library raises bare Exception, and its panics are not even that."""
+        try:
+            return function(*args, **kw)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise InputError(f"{self.folder / 'tokenizer.json'}: cannot be used as a tokenizer ({error})") from None
+
+    def render(self, values=None):
+        """What the template makes of the values, or None, of its grammar alone. It is code, and runs elsewhere: template.py."""
+        text, error = render(self.template, values)
+        if error:
+            raise InputError(f"{self.folder}: its chat template fails ({error})")
+        return text
 
     def text(self, prompt, system=None, response=None):
         """The conversation as the model's own template writes it: ready for the assistant's turn, or with `response` as that turn."""
@@ -199,19 +195,16 @@ class Chat:
         messages.append({"role": "user", "content": prompt})
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=response is None, **self.special)
-        except Exception as error:  # it is somebody else's program: it may fail in any way
-            raise InputError(f"{self.folder}: its chat template fails ({type(error).__name__}: {error})") from None
+        return self.render({"messages": messages, "add_generation_prompt": response is None} | self.special)
 
     def prompt(self, prompt, system=None):
         """Token ids of the prompt. The template writes any BOS itself, so the tokenizer must not add a second one."""
-        return self.tokenizer.encode(self.text(prompt, system), add_special_tokens=False).ids
+        return self.ask(self.tokenizer.encode, self.text(prompt, system), add_special_tokens=False).ids
 
     def response(self, prompt, response, system=None):
         """Token ids that the model should have answered with, up to and including the first stop token (for SFT)."""
         before, whole = self.text(prompt, system), self.text(prompt, system, response)
-        ids = self.tokenizer.encode(whole[len(before):], add_special_tokens=False).ids
+        ids = self.ask(self.tokenizer.encode, whole[len(before):], add_special_tokens=False).ids
         end = next((i for i, token in enumerate(ids, 1) if token in self.stop_ids), None)
         if not whole.startswith(before) or end is None:
             raise InputError(f"{self.folder}: its chat template does not write an assistant's turn as prompt, response, stop token")
@@ -219,4 +212,4 @@ class Chat:
 
     def decode(self, ids, mask):
         """The response's text without its stop token: nothing after the stop token is ever scored."""
-        return self.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+        return self.ask(self.tokenizer.decode, ids[mask].tolist(), skip_special_tokens=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import InputError, read_json, replacing
+from files import InputError, read_json, replacing
 from tinylora import DTYPES, TARGETS, fingerprint
 
 PREFIX = "base_model.model.model."  # PEFT's, before a name of ours

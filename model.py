@@ -6,7 +6,7 @@ are the checkpoint's own, so loading is a strict copy.
 
     model = load("folder", torch.bfloat16, "cuda")
     logits = model(ids)                                    # (B, T) -> (B, T, vocab)
-    cache = Cache(model, batch=B, size=1024)               # cache.py
+    cache = Cache(model, batch=B, size=1024)
     logits = model(prompts, cache=cache, lengths=lengths)  # ragged prompts, padded on the RIGHT
     logits = model(next_ids, cache=cache)                  # (B, 1): one more token for every row
 
@@ -15,12 +15,8 @@ from every real token: a whole-sequence pass needs no mask and no shifted positi
 which position each of its columns holds, so "may this query see that key" is one comparison of positions,
 however ragged the rows are. No mask is ever guessed from `ids != pad`.
 """
-import json
 import math
-import os
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from copy import copy
 
 import torch
 import torch.nn as nn
@@ -28,110 +24,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-NEVER = 2**31 - 1  # the position of a cached column that no query may see
+from files import InputError, read_config, shard_files
 
-
-class InputError(Exception):
-    """A mistake in what the user gave (a file, a flag, a folder): told in one line, exit code 2."""
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`; renamed over it when the block ends well, removed when it does not.
-
-    So a reader never meets half a file. InputError when the disk is full or the folder cannot be written.
-    """
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@dataclass
-class Config:
-    """The fields of config.json that change the function computed, under Hugging Face's names."""
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None
-    tie_word_embeddings: bool
-
-
-def read_json(path):
-    """The JSON object in a file; InputError names the file when it is missing or is not one."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object")
-    return value
-
-
-def read_config(folder):
-    """config.json -> Config. InputError names the field that is missing, unknown or unsupported."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --model takes a folder with config.json, *.safetensors and tokenizer.json")
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind not in ("qwen2", "llama"):
-        raise InputError(f"{path}: model_type is {kind!r}; this project reads 'qwen2' (Qwen2, Qwen2.5) and 'llama' (Llama 3)")
-    if raw.get("quantization_config"):
-        raise InputError(f"{path}: quantization_config is set; quantised weights are not supported, use the original checkpoint")
-    if raw.get("use_sliding_window") or "sliding_attention" in str(raw.get("layer_types")):
-        raise InputError(f"{path}: use_sliding_window (or a sliding layer type) is on; only full attention is supported")
-    for field, supported in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
-        if raw.get(field, supported) != supported and (kind, field) != ("qwen2", "attention_bias"):  # Qwen2 has its bias whatever that says
-            raise InputError(f"{path}: {field} is {raw[field]!r}; only {supported!r} is supported for {kind}")
-
-    def number(field, kind=int, default=None):
-        value = raw.get(field, default)
-        if value is None:
-            raise InputError(f"{path}: the field {field} is missing")
-        if type(value) not in (int, kind) or not 0 < value < 2**31:
-            raise InputError(f"{path}: {field} is {value!r}; it must be a positive {kind.__name__}")
-        return kind(value)  # 10000 and 10000.0 are one config, with one fingerprint
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    # transformers 5 writes one dict, rope_parameters, where 4 wrote rope_theta and rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling is {rope!r}; it must be an object or null")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise InputError(f"{path}: rope type {rope_type!r} is not supported; only 'default' and 'llama3' are")
-    raw["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta", 10000.0)
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if rope_type == "llama3" and not all(isinstance(rope.get(f), (int, float)) and rope[f] > 0 for f in fields):
-        raise InputError(f"{path}: llama3 rope scaling needs positive numbers for {', '.join(fields)}")
-    config = Config(
-        model_type=kind, vocab_size=number("vocab_size"), hidden_size=hidden,
-        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=number("num_key_value_heads", default=heads),
-        # null counts as absent: some published configs carry "head_dim": null
-        head_dim=number("head_dim", default=hidden // heads) if raw.get("head_dim") else hidden // heads,
-        rms_norm_eps=number("rms_norm_eps", float, 1e-6), rope_theta=number("rope_theta", float),
-        rope_scaling={f: float(rope[f]) for f in fields} if rope_type == "llama3" else None,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
-    if heads % config.num_key_value_heads:
-        raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}")
-    if config.head_dim < 2 or config.head_dim % 2:
-        raise InputError(f"{path}: head_dim is {config.head_dim}; rotary positions need an even number")
-    return config
+NEVER = 2**31 - 1  # the position of a cache column that no query may see
 
 
 def rope_frequencies(config):
@@ -225,6 +120,64 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# Keys and values of earlier tokens: Cache to sample with, Prefix to train with. In both, every row has `lengths` real tokens and
+# every column a position; columns that hold padding have the position NEVER, which no query may see. A group of responses to
+# one prompt computes that prompt once, in sampling and in training alike.
+
+class Cache:
+    """Keys and values of every layer in tensors of a fixed size, written in place: for sampling, outside autograd."""
+
+    def __init__(self, model, batch, size):
+        c, like = model.config, model.embed_tokens.weight
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # a column is written before it is read
+        self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens in each row
+        self.used = 0  # columns written, the same for all rows; a plain int, so that slicing needs no host sync
+
+    def append(self, layer, k, v):
+        """Store k, v (B, KV, T, D) in the next T columns; returns all columns so far, (B, KV, used + T, D)."""
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def take(self, rows, size):
+        """A copy of the given rows, (B',) of indices, repeats allowed, with `size` columns in all."""
+        new, (layers, _, heads, _, head_dim) = copy(self), self.k.shape
+        new.k, new.v = (self.k.new_empty(layers, len(rows), heads, size, head_dim) for _ in range(2))
+        for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
+            new.k[layer, :, :, :self.used] = self.k[layer, rows, :, :self.used]
+            new.v[layer, :, :, :self.used] = self.v[layer, rows, :, :self.used]
+        new.position = F.pad(self.position[rows, :self.used], (0, size - self.used), value=NEVER)
+        new.lengths = self.lengths[rows]
+        return new
+
+
+class Prefix:
+    """The prompts' keys and values as part of the autograd graph: one pass fills it, a second one, over `take(rows)`, reads it."""
+
+    def __init__(self, batch, size, device):
+        self.kv, self.rows = {}, None
+        self.position = torch.full((batch, size), NEVER, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.used = 0
+
+    def append(self, layer, k, v):
+        """First pass: keep k, v (P, KV, T, D). Second: the prompts' columns of each row, then its own. Nothing is kept that a
+        checkpoint's second run would spoil."""
+        if self.rows is None:
+            self.kv[layer] = k, v
+            return k, v
+        return tuple(torch.cat((prompt[self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v)))
+
+    def take(self, rows, size):
+        """To go on with, for responses of `size` tokens: response i continues prompt rows[i]."""
+        new = copy(self)
+        new.rows, new.lengths = rows, self.lengths[rows]
+        new.position = F.pad(self.position[rows], (0, size), value=NEVER)
+        return new
+
+
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -268,24 +221,6 @@ class Transformer(nn.Module):
 
     def forward(self, ids, cache=None, lengths=None):
         return self.logits(self.hidden(ids, cache, lengths))
-
-
-def shard_files(folder):
-    """The safetensors files of a model folder; InputError names the shard that is missing or outside it."""
-    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-        return [folder / "model.safetensors"]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index}: weight_map is missing or is not a map from tensor to file")
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise InputError(f"{index}: shard {name!r} is a path; shards must lie in the model's own folder")
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: this shard is named in {index.name} but is not there; download it again")
-    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def load(path, dtype=torch.float32, device="cpu"):

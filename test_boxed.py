@@ -8,7 +8,7 @@ import pytest
 import gsm8k
 import train
 from boxed import boxed, same
-from model import InputError
+from files import InputError
 from test_tinylora import ASSETS, ROOT, needs_assets
 
 CASES = [

@@ -29,6 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import chat
 import export
 import grpo
 import gsm8k
@@ -36,8 +37,8 @@ import lora
 import model as transformer
 import tinylora
 import train
-from cache import Cache
-from model import Config, InputError, Transformer
+from files import Config, InputError
+from model import Cache, Transformer
 
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy"
@@ -456,6 +457,24 @@ def test_damaged_lora_folders_are_told_in_one_line(name, tmp_path, capsys):
     assert train.main(["--eval-only", "--eval-count", "1", "--adapter", str(folder), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and message.startswith("error: ") and all(word in message for word in words), message
+
+
+def test_show_says_what_an_adapter_is(tmp_path, capsys):
+    """python tinylora.py show: numbers, bytes, how it is rebuilt, the base and v, of our files; a line of PEFT's folders; no model is read."""
+    model = tiny()
+    v = random_v(tinylora.adapt(model, 13, seed=5))
+    tinylora.save(tmp_path / "a.safetensors", v, model, "bf16", "owner/base")
+    assert export.main(["show", str(tmp_path / "a.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("13 trained numbers in bf16: 26 bytes", "13 tiled groups x u 1", "rank 2", "seed 5", "'owner/base'", model.adapter["base"][:12])), out
+    assert out.split(": ")[-1].split() == [f"{x:+.4g}" for x in v.bfloat16().flatten().tolist()]
+    model = tiny()
+    lora.adapt(model, rank=3)
+    lora.save(tmp_path / "lora", model, base="owner/base")
+    assert export.main(["show", str(tmp_path / "lora")]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("rank 3", "alpha 32", "'owner/base'")), out
+    assert export.main(["show", str(TOY / "model.safetensors")]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["--to", "peft"], ["--to", "gguf", "--out", "x"], ["--to", "peft", "--out", str(TOY)], ["--to", "merged", "--out", "/proc/x"], ["--model", "nowhere", "--to", "peft", "--out", "new"]], ids=" ".join)
@@ -1064,6 +1083,71 @@ def test_silly_flags_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
     assert message.startswith("error: ") and message.count("\n") == 1, message
 
 
+def test_chat_answers_as_the_base_and_as_the_adapter(tmp_path, capsys, monkeypatch):
+    """Side by side: each column is what that model alone says; v (or B) is back in its place afterwards; terminal codes are shown, not obeyed."""
+    question = "Tom has 3 apples and buys 4 more. How many apples does Tom have now?"
+    args = train.parse(["--out", "unused", "--max-new-tokens", "40"])
+    text = gsm8k.Chat(TOY)
+
+    def alone(model):
+        ids, mask, _ = grpo.generate(model, [text.prompt(question + gsm8k.INSTRUCTION)], 1, 40, text.stop_ids, vocab=text.vocab)
+        return text.decode(ids[0], mask[0])
+    model = transformer.load(TOY)
+    base = alone(model)
+    v = tinylora.load(ROOT / "results" / "toy-seed0" / "adapter.safetensors", model)
+    kept = v.clone()
+    assert chat.answers(model, text, [v], args, question) == {"base": base, "adapted": alone(model)} and torch.equal(v, kept)
+    assert chat.answers(transformer.load(TOY), text, [], args, question) == {"base": base}
+    model = transformer.load(TOY)
+    params = lora.adapt(model, 2)
+    for i, p in enumerate(params[1::2]):
+        random_v(p, 0.01, seed=i)
+    assert chat.answers(model, text, params, args, question) == {"base": base, "adapted": alone(model)} and alone(model) != base
+    monkeypatch.setattr(text, "decode", lambda ids, mask: "a\x1b[31m\nb")
+    assert chat.answers(model, text, [], args, question) == {"base": "a\\x1b[31m\nb"}
+    lines = chat.columns({"base": "one two three\n\nfour", "adapted": "five"}, 23)
+    assert lines == ["base         adapted", "----------   ----------", "one two      five", "three", "", "four"]
+    typed = iter([question, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert train.main(["--chat", "--max-new-tokens", "40", "--adapter", str(ROOT / "results" / "toy-seed0" / "adapter.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "base" in out and "adapted" in out and base.split()[0] in out
+
+
+def test_rows_go_to_wandb_and_tensorboard_when_asked(tmp_path, monkeypatch, capsys):
+    """Both get every number of every row, by stand-ins; what is not installed is told in one line before the model is read; off by default."""
+    from types import SimpleNamespace as Fake
+    got, events = [], []
+    writer = Fake(add_scalar=lambda name, value, step: events.append((name, value, step)), flush=lambda: events.append("flush"))
+    monkeypatch.setitem(sys.modules, "wandb", Fake(init=lambda **kw: got.append(kw), log=lambda row, step: got.append((row, step))))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Fake(SummaryWriter=lambda folder: writer))
+    assert train.main([*TINY_RUN, "--steps", "2", "--out", str(tmp_path / "run"), "--wandb", "mine", "--tensorboard"]) == 0
+    rows = [{k: x for k, x in json.loads(line).items() if x is not None} for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert got[0]["project"] == "mine" and got[0]["config"]["lr"] and got[1:] == [(row, row["step"]) for row in rows]
+    assert [e for e in events if e != "flush"] == [(k, x, row["step"]) for row in rows for k, x in row.items()] and events.count("flush") == 2
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for flags in (["--wandb", "mine"], ["--tensorboard"]):
+        capsys.readouterr()
+        assert train.main([*TINY_RUN, "--out", str(tmp_path / flags[0]), *flags]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {flags[0]}: ") and message.count("\n") == 1
+    got.clear()
+    assert train.main([*TINY_RUN, "--steps", "1", "--out", str(tmp_path / "quiet")]) == 0 and not got
+
+
+def test_plot_draws_seeds_as_one_setting(tmp_path):
+    """Five seeds are one line with a band; a run still going on (no summary) and one of --algo sft are drawn too."""
+    pytest.importorskip("matplotlib")
+    assert train.main([*TINY_RUN, "--steps", "1", "--algo", "sft", "--out", str(tmp_path / "sft")]) == 0
+    shutil.copytree(ROOT / "results" / "toy-seed0", tmp_path / "going")
+    (tmp_path / "going" / "summary.json").unlink()
+    seeds = sorted(str(path) for path in (ROOT / "results").glob("toy-seed*"))
+    for runs, words in ((seeds, "5 runs of 1 setting"), ([*seeds, str(tmp_path / "sft"), str(tmp_path / "going")], "7 runs of 2 settings")):
+        done = subprocess.run([sys.executable, str(ROOT / "results" / "plot.py"), *runs, str(tmp_path / "p.png")], capture_output=True, text=True)
+        assert done.returncode == 0 and words in done.stdout and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG"), done
+
+
 def start(*flags, **kw):
     kw.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job would ignore it
     return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
@@ -1096,7 +1180,7 @@ def test_full_disk_ends_in_one_line(tmp_path):
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
 
 
-@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "cache.py"])
+@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "files.py", "template.py", "chat.py", "watch.py"])
 def test_files_stay_short_and_light(name):
     """350 lines at most, and nothing imported beyond torch, safetensors, tokenizers, numpy and what those bring."""
     import ast
@@ -1104,5 +1188,6 @@ def test_files_stay_short_and_light(name):
     assert len(text.splitlines()) <= 350
     found = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
              for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed", "cache"}
+    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed", "files", "template", "chat", "watch",
+               "wandb"}  # the last only when --wandb asks for it
     assert found - allowed <= set(sys.stdlib_module_names)

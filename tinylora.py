@@ -28,7 +28,7 @@ THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes of
 enough because all else can be rebuilt exactly: P comes from numpy's RandomState, a stream frozen by policy, seeded
 by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified
 by a fingerprint. Bit for bit on the same machine; elsewhere to the SVD's tolerance (another thread count or device
-sums in another order). U S and V are kept in the base's dtype. For other tools: python tinylora.py export --help.
+sums in another order). U S and V are kept in the base's dtype. See python tinylora.py show|export.
 """
 import hashlib
 import json
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from model import InputError, replacing
+from files import InputError, replacing
 
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in forward order: tiling runs over them so
@@ -197,6 +197,10 @@ def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, m
         raise ValueError("this model carries an adapter already")
     if seed < 0 or seed >= 2**32:
         raise InputError(f"--seed {seed}: must be 0 to {2**32 - 1}")
+    c = model.config
+    fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
+    if not 1 <= rank <= fits:  # before P, whose size grows with the rank's square
+        raise InputError(f"--rank {rank} does not fit this model's smallest weight: use 1 to {fits}")
     if method == "lora-xs":
         u, n_tie = rank * rank, 1
     group_of, groups, u, n_tie = plan(len(model.layers), params, u, n_tie, tie)
@@ -226,7 +230,7 @@ def save(path, v, model, dtype="fp32", base=""):
 
 
 def read(path):
-    """An adapter file -> (v flat, as stored; settings as strings). InputError says what is wrong with the file."""
+    """An adapter file -> (v flat, as stored; model.adapter's settings, and the base's name as "model"). InputError says what is wrong with it."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
@@ -234,9 +238,19 @@ def read(path):
                 raise InputError(f"{path}: is not a TinyLoRA adapter (it should hold one tensor, v, and say so)")
             if metadata.get("version") != VERSION:
                 raise InputError(f"{path}: adapter version {metadata.get('version')!r}, this code reads {VERSION!r}")
-            return file.get_tensor("v"), metadata
+            v = file.get_tensor("v")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as an adapter ({error})") from None
+    try:
+        settings = {k: int(metadata[k]) for k in ("rank", "u", "n_tie", "groups", "seed")} | {k: metadata[k] for k in ("tie", "targets", "base")}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its metadata is damaged ({error})") from None
+    settings |= {"method": metadata.get("method", "tinylora"), "model": metadata.get("model", "")}  # the first adapters did not say
+    if settings["tie"] not in ("tiled", "structured") or settings["method"] not in ("tinylora", "lora-xs") or v.shape != (settings["groups"] * settings["u"],):
+        raise InputError(f"{path}: holds {v.numel()} numbers, its metadata says {settings['method']}, {settings['groups']} {settings['tie']} groups x u {settings['u']}")
+    if v.dtype not in DTYPES.values() or not v.isfinite().all():
+        raise InputError(f"{path}: v must be finite numbers in {', '.join(DTYPES)}")
+    return v, settings
 
 
 @torch.no_grad()
@@ -244,18 +258,11 @@ def load(path, model, progress=lambda items: items):
     """Put the adapter in `path` on `model` and return v. A bare model is adapted with the file's own settings; one that
     is adapted already must have the same. InputError says what differs: another base, other settings, a wrong count.
     """
-    stored, metadata = read(path)
-    try:
-        wish = {k: int(metadata[k]) for k in ("rank", "u", "n_tie", "groups", "seed")} | {k: metadata[k] for k in ("tie", "targets", "base")}
-        wish["method"] = metadata.get("method", "tinylora")  # the first adapters did not say
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: its metadata is damaged ({error})") from None
+    stored, wish = read(path)
     here = getattr(model, "adapter", None) or {"base": fingerprint(model), "targets": ",".join(TARGETS)}
     differs = [f"{k} is {wish[k]} in the file and {here[k]} here" for k in here if wish[k] != here[k]]
     if differs:
         raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
-    if wish["tie"] not in ("tiled", "structured") or wish["method"] not in ("tinylora", "lora-xs") or stored.dim() != 1 or stored.numel() != wish["groups"] * wish["u"]:
-        raise InputError(f"{path}: holds {stored.numel()} numbers, its metadata says {wish['groups']} groups x u {wish['u']}, tie {wish['tie']}")
     if not hasattr(model, "adapter"):
         adapt(model, stored.numel(), wish["u"], wish["n_tie"] or None, wish["tie"], wish["rank"], wish["seed"], wish["method"], progress)
     v = model.layers[0].self_attn.q_proj.v

@@ -3,6 +3,7 @@
     python train.py --params 13                                                # the toy, minutes on a laptop
     python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k  # the paper's run, on one GPU
     python train.py --eval-only --model M --data D [--adapter A]               # evaluate
+    python train.py --chat [--adapter A]                                       # ask it something
 
 Where a flag is not given, tinylora.json in the model's folder decides, if there is one; else the paper's recipe (flags.py).
 """
@@ -24,8 +25,10 @@ import grpo
 import lora
 import model as transformer
 import tinylora
+from chat import converse
+from files import InputError, replacing
 from flags import find_model, parse
-from model import InputError, replacing
+from watch import watchers
 
 
 SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f", "gap": ".0e",
@@ -162,6 +165,7 @@ def run(args):
     print("settings: " + "  ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", vars(args) | {"torch": torch.__version__, "numpy": np.__version__})
+    watch = None if args.eval_only else watchers(args)
 
     folder = find_model(args.model)
     transformer.read_config(folder)  # the cheap complaints first
@@ -196,6 +200,7 @@ def run(args):
             if args.eval_every and step % args.eval_every == 0 and step < args.steps:
                 row |= {f"eval_{k}": x for k, x in evaluation(f"evaluation after step {step}", step).items()}
             append(out / "log.jsonl", [row])
+            watch(row)
             print(f"step {step:3d}/{args.steps}  " + "  ".join(f"{name} {row[name]:{form}}" for name, form in SHOWN.items() if row.get(name) is not None), flush=True)
         final = evaluation("evaluation", args.steps), evaluation("evaluation", args.steps, sampled=True)
     finally:  # Ctrl-C, a full disk, a bug: what was learned so far is kept, even if Ctrl-C is pressed twice
@@ -258,7 +263,7 @@ def main(argv=None):
     args = None
     try:
         args = parse(argv, __doc__)
-        run(args)
+        converse(args) if args.chat else run(args)
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted" + (f"; what was done so far is in {args.out}" if args and Path(args.out).exists() else ""), file=sys.stderr)
