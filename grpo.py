@@ -33,6 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import ranks
 from model import Cache, InputError, upcast
 
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
@@ -178,7 +179,8 @@ def with_values(params, values):
 
 
 def optimizer_step(params, optimizer, lr, grad_clip, v_dtype):
-    """Clip, step, round to v_dtype; returns the gradient's norm. InputError when that is not finite."""
+    """Add up over the ranks, clip, step, round to v_dtype; returns the gradient's norm. InputError when that is not finite."""
+    ranks.add_gradients(params)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).item()
     if not math.isfinite(norm):
         raise InputError("the gradient is not finite: v has grown too large (lower --lr), or --temperature is extreme")
@@ -208,7 +210,7 @@ def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *,
     seen, gap, first_tokens, clipped, divergence, norms = 0, 0.0, 0, 0.0, 0.0, []
     bounds = [B * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        denominator = int(mask[start:end].sum())
+        denominator, = ranks.total(int(mask[start:end].sum()))  # of all ranks' rows, or many would not do what one does
         rows = [i for i in range(start, end) if kl > 0 or weight[i] != 0]
         for p in params:
             p.grad = torch.zeros_like(p)
@@ -232,9 +234,11 @@ def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *,
                     gap, first_tokens = gap + delta.abs().sum().item(), first_tokens + tokens
                 seen += tokens
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
+    # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
+    surprise, drawn = -old_logp[mask].double().sum().item(), int(mask.sum())
+    gap, first_tokens, clipped, divergence, seen, surprise, drawn = ranks.total(gap, first_tokens, clipped, divergence, seen, surprise, drawn)
     return {"gap": gap / first_tokens if first_tokens else None, "clip_fraction": clipped / max(seen, 1), "kl": divergence / max(seen, 1),
-            # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
-            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
+            "entropy": surprise / drawn, "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
 
 
 def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=4096,
@@ -248,7 +252,7 @@ def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=
     total, norms = 0.0, []
     bounds = [len(prompts) * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        denominator = int(mask[start:end].sum())
+        denominator, = ranks.total(int(mask[start:end].sum()))
         for p in params:
             p.grad = torch.zeros_like(p)
         for batch in micro_batches(lengths, range(start, end), micro_tokens):
@@ -257,4 +261,5 @@ def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=
             (loss / denominator).backward()
             total += loss.item()
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
-    return {"loss": total / int(mask.sum()), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
+    total, tokens = ranks.total(total, int(mask.sum()))
+    return {"loss": total / tokens, "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params)}
