@@ -121,7 +121,8 @@ def resumed(cli, args, argv):
     config = read_json(Path(args.resume) / "config.json")
     if config.get("eval_only"):
         raise InputError(f"--resume {args.resume}: was an evaluation; start it anew")
-    own = {name: config[name] for name in vars(args) if config.get(name) is not None and config[name] is not False} | {"out": args.resume, "resume": args.resume}
+    own = {"save_every": 1} | {name: config[name] for name in vars(args) if config.get(name) is not None and config[name] is not False}
+    own |= {"out": args.resume, "resume": args.resume}
     if "--device" in {word.split("=")[0] for word in argv}:
         own["device"] = args.device
     args = cli.parse_args([f"--{name.replace('_', '-')}" + ("" if x is True else f"={x}") for name, x in own.items()])

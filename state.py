@@ -146,6 +146,6 @@ def load(out, params, optimizer, reference):
         for name in LOGS:  # rows of steps that will be done again, or half a row
             if (out / name).exists():
                 os.truncate(out / name, done[name])
-        for path in out.glob("*.tmp*"):  # of a kill while writing
+        for path in out.rglob("*.tmp*"):  # of a kill while writing
             path.unlink()
     return done if good else None

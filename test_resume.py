@@ -69,9 +69,10 @@ def torchrun(n, *flags):
     return launch("-m", "torch.distributed.run", "--nproc_per_node", n, "--master_port", random.randint(20000, 40000), "train.py", *flags)
 
 
-def wait_for(process, text):
+def wait_for(process, text, times=1):
     for line in process.stdout:
-        if text in line:
+        times -= text in line
+        if not times:
             return
     raise AssertionError(f"never said {text!r}: {process.stderr.read()}")
 
@@ -110,23 +111,22 @@ def stopped(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "run")
 
 
-def kill(out, seconds):
-    """kill -9 so many seconds after config.json is there; tells what there was then."""
-    process = start(*RUN, "--out", out)
-    while not (out / "config.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    time.sleep(seconds)
+def kill(out):
+    """kill -9 at a random moment: a random line of the output, which has one for every stage, and up to a second on; tells what there was then."""
+    process, line, more = start(*RUN, "--out", out), random.randint(1, 16), random.random() ** 2
+    wait_for(process, "", line)
+    while not (out / "config.json").exists():  # from here on there is a run to go on with
+        time.sleep(0.001)
+    time.sleep(more)
     process.kill()
     process.communicate()
-    return f"{sum((out / name).exists() for name in state.FILES)} states, {state.size(out / 'log.jsonl'):4d} bytes of log"
+    return f"{more:4.2f} s after line {line:2d}, {sum((out / name).exists() for name in state.FILES)} states, {state.size(out / 'log.jsonl'):4d} bytes of log"
 
 
 def test_kill_9_at_random_moments(tmp_path, undisturbed):
     """Rows of steps done twice, half a row, Adam's moments or the base's evaluation lost, a state half written."""
-    length = json.loads((undisturbed / "summary.json").read_text())["seconds"]
     for i in range(int(os.environ.get("TINYLORA_KILLS", 3))):
-        kill(tmp_path / str(i), random.uniform(0, 1.2 * length))
+        kill(tmp_path / str(i))
         assert train.main(["--resume", str(tmp_path / str(i))]) == 0
         same(tmp_path / str(i), undisturbed)
 
@@ -315,14 +315,13 @@ if __name__ == "__main__":
     kills, folder = int(sys.argv[1]), Path(tempfile.mkdtemp())
     whole = start(*RUN, "--out", folder / "whole")
     whole.communicate()
-    length = json.loads((folder / "whole" / "summary.json").read_text())["seconds"]
     for i in range(kills):
-        moment, out = random.uniform(0, 1.2 * length), folder / str(i)
-        found, process = kill(out, moment), start("--resume", out)
+        out = folder / str(i)
+        found, process = kill(out), start("--resume", out)
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0 and not errors.strip(), errors
         same(out, folder / "whole")
         said = next(line for line in output.splitlines() if "starting over" in line or "after step" in line or "is finished" in line)
-        print(f"kill {i + 1:2d} at {moment:5.2f} s of {length:.2f}: {found}; {said.replace(str(out), '').split(', ')[-1]}; equal", flush=True)
+        print(f"kill {i + 1:2d}: {found}; {said.replace(str(out), '').split(', ')[-1]}; equal", flush=True)
     print(f"{kills} kills, each resumed, each bit-equal to the undisturbed run")
     shutil.rmtree(folder)

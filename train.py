@@ -310,9 +310,9 @@ def main(argv=None):
         ranks.leave()
         return 0
     except KeyboardInterrupt as stop:
-        if not ranks.RANK:
+        if ranks.RANK < 2:  # the second speaks too: it may be the first that died
             kept = args and Path(args.out).exists()
-            print("\ninterrupted" + (f"; what was done so far is in {args.out}" if kept else "")
+            print(f"\n{speaker}interrupted" + (f"; what was done so far is in {args.out}" if kept else "")
                   + (f"; to go on: {again(args)}" if kept and not args.eval_only else ""), file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
