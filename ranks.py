@@ -35,7 +35,7 @@ def company():
     try:
         yield
     except RuntimeError as error:
-        raise Alone(f"another of the {SIZE} ranks has ended or cannot be reached ({str(error).strip().splitlines()[0][:200]})") from None
+        raise Alone(f"another of the {SIZE} ranks has ended or cannot be reached ({str(error).strip().splitlines()[0].split('. ')[0][:200]})") from None
 
 
 def join(device):
