@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+import ranks
 import tinylora
 from files import InputError, read_json
 
 TOY = Path(__file__).resolve().parent / "toy"
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # the first: the fork's 1e-5 at its scale of 16
-RESERVED = ("help", "model", "adapter", "out", "eval_only", "chat", "wandb", "tensorboard", "method")  # what tinylora.json may not set
+RESERVED = ("help", "model", "adapter", "out", "eval_only", "resume", "chat", "wandb", "tensorboard", "method")  # what tinylora.json may not set
 SHAPE = ("params", "u", "n_tie", "tie", "rank", "alpha")  # the flags that say how many numbers there are, and
 TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}  # who takes which
 
@@ -47,7 +48,7 @@ def parse(argv, description=""):
     add("--model", default=os.path.relpath(TOY), metavar="M", help="a folder in Hugging Face layout, or a name on the hub (default: toy/)")
     add("--data", default="gsm8k", metavar="D", help="gsm8k, or a folder with train.jsonl and test.jsonl, or with --eval-only one .jsonl file")
     add("--system", default=None, metavar="TEXT", help="a system message for every prompt (default: the template's own)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda if there)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda if there; under torchrun each rank has its own)")
     add("--dtype", default=None, choices=["fp32", "bf16"], help="of the frozen model (default: bf16 on cuda, fp32 on cpu)")
     add = cli.add_argument_group("what is trained (tinylora.py, lora.py)").add_argument
     add("--method", default=None, choices=list(LR), help="tinylora; or what the paper compares it with (default: tinylora)")
@@ -87,7 +88,11 @@ def parse(argv, description=""):
     add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")
     add("--wandb", default=None, metavar="PROJECT", help="also send the log to Weights & Biases (off; needs wandb)")
     add("--tensorboard", action="store_true", help="also write the log for TensorBoard, to --out (off; needs tensorboard)")
+    add("--save-every", type=count, default=None, metavar="K", help="keep the state that --resume needs every K steps (1; 20 for --method full: 12 bytes a weight)")
+    add("--resume", default=None, metavar="DIR", help="go on with the run in DIR, with its own settings; only --device may be given beside it")
     args = cli.parse_args(argv)
+    if args.resume:
+        return resumed(cli, args, sys.argv[1:] if argv is None else argv)
     check(args)  # before anything is fetched
     defaults = Path(find_model(args.model)) / "tinylora.json"
     if defaults.is_file():
@@ -110,6 +115,24 @@ def parse(argv, description=""):
     args.lr = args.lr or LR[args.method]
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") and args.method != "full" else "fp32")
     args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    args.save_every = args.save_every or (20 if args.method == "full" else 1)
+    return args
+
+
+def resumed(cli, args, argv):
+    """The flags of the run in --resume: its config.json, turned into a command line again, so that argparse checks it too."""
+    beside = {word.split("=")[0] for word in argv if word.startswith("--")} - {"--resume", "--device"}
+    if beside:
+        raise InputError(f"--resume goes on with the run's own settings: leave out {' '.join(sorted(beside))}")
+    config = read_json(Path(args.resume) / "config.json")
+    if config.get("eval_only"):
+        raise InputError(f"--resume {args.resume}: was an evaluation; start it anew")
+    own = {"save_every": 1} | {name: config[name] for name in vars(args) if config.get(name) is not None and config[name] is not False}
+    own |= {"out": args.resume, "resume": args.resume}
+    if "--device" in {word.split("=")[0] for word in argv}:
+        own["device"] = args.device
+    args = cli.parse_args([f"--{name.replace('_', '-')}" + ("" if x is True else f"={x}") for name, x in own.items()])
+    check(args)
     return args
 
 
@@ -132,9 +155,10 @@ def check(args):
         raise InputError("--dtype bf16: --method full trains the weights themselves, and small steps round away in bf16; leave it out")
     if args.group < 2 and args.algo == "grpo" and not args.eval_only:
         raise InputError("--group 1: an advantage compares the responses to one problem, so a group needs at least 2")
-    if args.prompts % args.minibatches:
-        raise InputError(f"--prompts {args.prompts} cannot be split into --minibatches {args.minibatches}")
-    if args.out and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
+    if args.prompts % (args.minibatches * ranks.SIZE):
+        raise InputError(f"--prompts {args.prompts} cannot be split into --minibatches {args.minibatches}" + (f" of {ranks.SIZE} equal shares, one for each rank" if ranks.SIZE > 1 else ""))
+    args.device = ranks.device(args.device)
+    if args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
         raise InputError(f"--out {args.out}: holds a run already; choose another folder")
     try:
         if not args.device.startswith(("cpu", "cuda")):

@@ -34,6 +34,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import ranks
 from files import InputError
 from model import Cache, Prefix, upcast
 
@@ -197,7 +198,8 @@ def with_values(params, values):
 
 
 def optimizer_step(params, optimizer, lr, grad_clip, v_dtype):
-    """Clip, step, round to v_dtype; returns the gradient's norm. InputError when that is not finite."""
+    """Add up over the ranks, clip, step, round to v_dtype; returns the gradient's norm. InputError when that is not finite."""
+    ranks.add_gradients(params)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).item()
     if not math.isfinite(norm):
         raise InputError("the gradient is not finite: v has grown too large (lower --lr), or --temperature is extreme")
@@ -242,10 +244,10 @@ def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *,
     together), micro_tokens (what fitted).
     """
     B, weight = len(prompts), advantage.tolist()
-    seen, gap, norms = torch.zeros(3, dtype=torch.float64), None, []  # tokens, clipped ones, their KL
+    seen, gap, norms = torch.zeros(3, dtype=torch.float64), (0.0, 0), []  # tokens, clipped ones, their KL; distance and tokens
     bounds = [B * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        denominator = int(mask[start:end].sum())
+        denominator, = ranks.total(int(mask[start:end].sum()))  # of all ranks' rows, or many would not do what one does
 
         def backward(at, width):
             m, old, adv = mask[at, :width], old_logp[at, :width], advantage[at]
@@ -265,12 +267,13 @@ def update(model, params, optimizer, prompts, ids, mask, old_logp, advantage, *,
         results, micro_tokens = accumulate(params, prompts, mask, rows, micro_tokens, backward)
         seen += sum(torch.tensor(counts, dtype=torch.float64) for counts, _ in results)
         if part == 0 and results:  # before any update: what remains between sampler and trainer is rounding
-            gap = sum(distance for _, distance in results) / seen[0].item()
+            gap = sum(distance for _, distance in results), seen[0].item()
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
-    tokens, clipped, divergence = seen.tolist()
-    return {"gap": gap, "clip_fraction": clipped / max(tokens, 1), "kl": divergence / max(tokens, 1),
-            # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
-            "entropy": -old_logp[mask].mean().item(), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}
+    # the mean of -log p over what was drawn from p: the entropy per token, estimated over all rows, skipped ones too
+    surprise, drawn = -old_logp[mask].double().sum().item(), int(mask.sum())
+    distance, first, tokens, clipped, divergence, surprise, drawn = ranks.total(*gap, *seen.tolist(), surprise, drawn)
+    return {"gap": distance / first if first else None, "clip_fraction": clipped / max(tokens, 1), "kl": divergence / max(tokens, 1),
+            "entropy": surprise / drawn, "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}
 
 
 def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=1, vocab=None, grad_clip=1.0, micro_tokens=2048,
@@ -283,7 +286,7 @@ def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=
     total, norms = 0.0, []
     bounds = [len(prompts) * i // minibatches for i in range(minibatches + 1)]
     for part, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        denominator = int(mask[start:end].sum())
+        denominator, = ranks.total(int(mask[start:end].sum()))
 
         def backward(at, width):
             loss = -logprobs(model, [prompts[i] for i in at.tolist()], ids[at, :width], mask[at, :width], vocab=vocab, recompute=recompute).sum()
@@ -293,4 +296,5 @@ def sft_update(model, params, optimizer, prompts, ids, mask, *, lr, minibatches=
         results, micro_tokens = accumulate(params, prompts, mask, range(start, end), micro_tokens, backward)
         total += sum(results)
         norms.append(optimizer_step(params, optimizer, lr[part], grad_clip, v_dtype))
-    return {"loss": total / int(mask.sum()), "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}
+    total, tokens = ranks.total(total, int(mask.sum()))
+    return {"loss": total / tokens, "grad_norm": sum(norms) / len(norms), "v_norm": total_norm(params), "micro_tokens": micro_tokens}

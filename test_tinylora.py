@@ -1180,7 +1180,7 @@ def test_full_disk_ends_in_one_line(tmp_path):
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
 
 
-@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "files.py", "template.py", "chat.py", "watch.py"])
+@pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "files.py", "template.py", "chat.py", "state.py", "ranks.py"])
 def test_files_stay_short_and_light(name):
     """350 lines at most, and nothing imported beyond torch, safetensors, tokenizers, numpy and what those bring."""
     import ast
@@ -1188,6 +1188,6 @@ def test_files_stay_short_and_light(name):
     assert len(text.splitlines()) <= 350
     found = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
              for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed", "files", "template", "chat", "watch",
+    allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", "model", "tinylora", "grpo", "gsm8k", "flags", "lora", "export", "boxed", "files", "template", "chat", "state", "ranks",
                "wandb"}  # the last only when --wandb asks for it
     assert found - allowed <= set(sys.stdlib_module_names)

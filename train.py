@@ -4,9 +4,12 @@
     python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k  # the paper's run, on one GPU
     python train.py --eval-only --model M --data D [--adapter A]               # evaluate
     python train.py --chat [--adapter A]                                       # ask it something
+    python train.py --resume DIR                                               # go on with a run that was stopped
+    torchrun --nproc_per_node 8 train.py ...                                   # on several GPUs, or CPUs (ranks.py)
 
 Where a flag is not given, tinylora.json in the model's folder decides, if there is one; else the paper's recipe (flags.py).
 """
+import hashlib
 import json
 import os
 import resource
@@ -24,13 +27,15 @@ import gsm8k
 import grpo
 import lora
 import model as transformer
+import ranks
+import state
 import tinylora
 from chat import converse
-from files import InputError, replacing
+from files import InputError
 from flags import find_model, parse
-from watch import watchers
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
 SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f", "gap": ".0e",
          "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}  # of a log row, what the terminal shows and how
 
@@ -44,7 +49,7 @@ def respond(model, chat, problems, args, group, noise, temperature, label):
     """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk."""
     prompts, parts = [chat.prompt(p["prompt"], args.system) for p in problems], []
     per = max(1, args.rollout_rows // group)
-    bar = tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=None)
+    bar = tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=bool(ranks.RANK) or None)  # None: unless a terminal
     for i in range(0, len(prompts), per):
         some = prompts[i:i + per]
         part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature,
@@ -71,10 +76,15 @@ def score(chat, ids, mask, problems, group):
 
 def evaluate(model, chat, problems, args, label, sampled=False):
     """Fixed problems, greedy or (sampled) at T = 1 with fixed noise: the mean of every score, the mean length, and the texts."""
-    noise = uniforms([[4, 0, i, 0] for i in range(len(problems))], args.max_new_tokens) if sampled else None
-    _, ids, mask, _ = merge(respond(model, chat, problems, args, 1, noise, 1.0, label))
-    texts, scores = score(chat, ids, mask, problems, 1)
-    return {kind: s.mean().item() for kind, s in scores.items()} | {"length": mask.sum(1).float().mean().item(), "texts": texts}
+    own, rows = range(len(problems))[ranks.share(len(problems))], []
+    if own:  # there may be more ranks than problems
+        noise = uniforms([[4, 0, i, 0] for i in own], args.max_new_tokens) if sampled else None
+        some = [problems[i] for i in own]
+        _, ids, mask, _ = merge(respond(model, chat, some, args, 1, noise, 1.0, label))
+        texts, scores = score(chat, ids, mask, some, 1)
+        rows = list(zip(*(scores[kind].tolist() for kind in gsm8k.SCORES), mask.sum(1).tolist(), texts))
+    *columns, texts = zip(*ranks.gather(rows))
+    return {name: sum(column) / len(problems) for name, column in zip((*gsm8k.SCORES, "length"), columns)} | {"texts": list(texts)}
 
 
 def key(kind, sampled):
@@ -102,22 +112,6 @@ def solutions(chat, problems, args):
     return [chat.prompt(p["prompt"], args.system) for p in problems], ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
 
 
-def append(path, rows):
-    """Add JSON lines to a file: all of them or, on a full disk, none."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        os.truncate(path, size)
-        raise InputError(f"{path}: cannot be written ({error}); free some space or choose another --out") from None
-
-
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 def adapt(model, args):
     """Make the model trainable as --method says, from --adapter or from the flags; returns the tensors to train."""
     start = time.time()
@@ -126,7 +120,7 @@ def adapt(model, args):
     elif args.method == "lora":
         params = lora.load(args.adapter, model) if args.adapter else lora.adapt(model, args.rank or 1, args.alpha or 32.0, args.seed)
     else:
-        bar = lambda items: tqdm(items, desc="SVD", unit="matrix", leave=False, disable=None)
+        bar = lambda items: tqdm(items, desc="SVD", unit="matrix", leave=False, disable=bool(ranks.RANK) or None)
         params = [tinylora.load(args.adapter, model, bar) if args.adapter else
                   tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie or "tiled", args.rank or 2, args.seed, args.method, bar)]
     total = sum(p.numel() for p in params)
@@ -157,15 +151,23 @@ def save(model, params, args, folder):
 
 def run(args):
     began, out = time.time(), Path(args.out)
+    if args.resume and (out / "summary.json").exists():
+        print(f"{out}: this run is finished; its results are in {out / 'summary.json'}")
+        return
     train_set, test_set = gsm8k.load_data(args.data, args.eval_only)
     test_set = test_set[:args.eval_count]
     if args.algo == "sft" and not all(p["solution"] for p in train_set):
         raise InputError(f"--algo sft: {args.data} has problems without a worked solution to learn from")
     args.steps = max(1, 3 * len(train_set) // args.prompts) if args.steps is None else args.steps
-    print("settings: " + "  ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), flush=True)
+    settings = {name: x for name, x in vars(args).items() if name != "resume"}
+    print("settings: " + "  ".join(f"{name}={x}" for name, x in settings.items() if x is not None), flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", vars(args) | {"torch": torch.__version__, "numpy": np.__version__})
-    watch = None if args.eval_only else watchers(args)
+    settings |= {"torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "ranks": ranks.SIZE,
+                 "problems": hashlib.sha256(json.dumps([train_set, test_set]).encode()).hexdigest()}
+    if args.resume:
+        settings |= state.compare(settings, out)
+    else:
+        state.write_json(out / "config.json", settings)
 
     folder = find_model(args.model)
     transformer.read_config(folder)  # the cheap complaints first
@@ -176,49 +178,78 @@ def run(args):
     print(f"load: {sum(p.numel() for p in model.parameters()):,} frozen parameters, {args.dtype} on {args.device}, {time.time() - began:.1f} s", flush=True)
 
     params = None if args.eval_only and not args.adapter else adapt(model, args)
-    write_json(out / "config.json", vars(args) | {"torch": torch.__version__, "numpy": np.__version__, "trained": getattr(model, "adapter", None)})
+    settings["trained"] = getattr(model, "adapter", None)
+    if args.resume:
+        settings |= state.compare(settings, out)
+    state.write_json(out / "config.json", settings)
 
     def evaluation(label, step, sampled=False):
         start, name = time.time(), label + (" at T = 1" if sampled else ", greedy")
         result = evaluate(model, chat, test_set, args, name, sampled)
-        append(out / "samples.jsonl", [{"step": step, "sampled": sampled, "prompt": chat.text(p["prompt"], args.system), "response": t,
+        state.append(out / "samples.jsonl", [{"step": step, "sampled": sampled, "prompt": chat.text(p["prompt"], args.system), "response": t,
                                         "answer": p["answer"]} for p, t in list(zip(test_set, result.pop("texts")))[:4]])
         strict, lenient = (f"{result[k]:.3f} +- {standard_error(result[k], len(test_set)):.3f}" for k in ("strict", "lenient"))
         print(f"{name}: strict {strict}  lenient {lenient}  format {result['format']:.3f}  ({len(test_set)} problems, {result['length']:.0f} tokens each, "
               f"{time.time() - start:.1f} s)", flush=True)
         return result
 
-    base = evaluation("evaluation", 0), evaluation("evaluation", 0, sampled=True)
     if args.eval_only:
-        write_json(out / "summary.json", {"model": args.model, "data": args.data, "adapter": args.adapter, "eval_count": len(test_set),
+        base = evaluation("evaluation", 0), evaluation("evaluation", 0, sampled=True)
+        state.write_json(out / "summary.json", {"model": args.model, "data": args.data, "adapter": args.adapter, "eval_count": len(test_set),
                                           **{key(kind, i): base[i][kind] for i in (0, 1) for kind in gsm8k.SCORES}, "seconds": time.time() - began})
-        return
-    tokens = 0
+    else:
+        with state.alone(out):
+            learn(model, chat, params, train_set, len(test_set), args, evaluation, began, folder)
+
+
+def learn(model, chat, params, train_set, count, args, evaluation, began, folder):
+    """The run proper: evaluate, train, evaluate, each step written down so that --resume goes on from it."""
+    out = Path(args.out)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    reference = [p.detach().clone() for p in params] if args.kl > 0 else None
+    done = state.load(out, params, optimizer, reference) if args.resume else None
+    before = done["seconds"] if done else 0.0
+    if not done:
+        base = evaluation("evaluation", 0), evaluation("evaluation", 0, sampled=True)
+        done = {"step": 0, "tokens": 0, "seconds": time.time() - began, "base": base, "slot": 1}
+        state.save(out, done, params, optimizer, reference)
+    base = done["base"]
+    ranks.agree(done["step"], "the step they go on from")
+    watch = state.watchers(args)
     try:
-        for step, row in enumerate(steps(model, chat, params, train_set, args), 1):
-            tokens += row["tokens"]
+        for row in steps(model, chat, params, train_set, args, optimizer, reference, done["step"]):
+            step = row["step"]
+            ranks.agree(row["v_norm"], f"what they have learned after step {step}")
             if args.eval_every and step % args.eval_every == 0 and step < args.steps:
                 row |= {f"eval_{k}": x for k, x in evaluation(f"evaluation after step {step}", step).items()}
-            append(out / "log.jsonl", [row])
+            state.append(out / "log.jsonl", [row])
             watch(row)
+            done |= {"step": step, "tokens": done["tokens"] + row["tokens"], "seconds": before + time.time() - began}
+            if step % args.save_every == 0 or step == args.steps:
+                state.save(out, done, params, optimizer, reference)
             print(f"step {step:3d}/{args.steps}  " + "  ".join(f"{name} {row[name]:{form}}" for name, form in SHOWN.items() if row.get(name) is not None), flush=True)
         final = evaluation("evaluation", args.steps), evaluation("evaluation", args.steps, sampled=True)
-    finally:  # Ctrl-C, a full disk, a bug: what was learned so far is kept, even if Ctrl-C is pressed twice
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        saved = save(model, params, args, folder)
-        signal.signal(signal.SIGINT, handler)
+    except BaseException:  # Ctrl-C, SIGTERM, a full disk, a bug: what was learned so far is kept, even if Ctrl-C is pressed twice
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # until main() ends
+        if ranks.RANK == 0:
+            save(model, params, args, folder)
+        raise
+    if ranks.RANK:  # what is left is to be written and printed, once
+        return
+    saved = save(model, params, args, folder)
     total = sum(p.numel() for p in params)
     size = total * tinylora.DTYPES[args.v_dtype].itemsize
-    summary = {"params": total, "adapter_bytes": size, "eval_count": len(test_set), "steps": args.steps, "tokens": tokens,
-               "seconds": time.time() - began, "seed": args.seed, "method": args.method, "algo": args.algo, "reward": args.reward,
+    summary = {"params": total, "adapter_bytes": size, "eval_count": count, "steps": args.steps, "tokens": done["tokens"],
+               "seconds": before + time.time() - began, "seed": args.seed, "method": args.method, "algo": args.algo, "reward": args.reward,
                "model": args.model, "data": args.data, "adapter": args.adapter}
-    print(f"\n{len(test_set)} held-out problems       before            after")
+    print(f"\n{count} held-out problems       before            after")
     for i, name in enumerate(("greedy", "T = 1")):
         for kind in gsm8k.SCORES:
             pair = summary["base_" + key(kind, i)], summary["final_" + key(kind, i)] = base[i][kind], final[i][kind]
-            print(f"{f'{name}, {kind}':<24}  " + "    ".join(f"{x:.3f} +- {standard_error(x, len(test_set)):.3f}" for x in pair))
-    write_json(out / "summary.json", summary)
-    print(f"{total:,} trainable numbers, {size:,} bytes ({args.v_dtype}); {tokens:,} tokens {'sampled' if args.algo == 'grpo' else 'learned from'}; "
+            print(f"{f'{name}, {kind}':<24}  " + "    ".join(f"{x:.3f} +- {standard_error(x, count):.3f}" for x in pair))
+    state.write_json(out / "summary.json", summary)
+    print(f"{total:,} trainable numbers, {size:,} bytes ({args.v_dtype}); {done['tokens']:,} tokens {'sampled' if args.algo == 'grpo' else 'learned from'}; "
           f"{summary['seconds']:.0f} s in all")
     flags = ["--model", str(saved)] if args.method == "full" else ["--adapter", str(saved), "--model", args.model]
     for name in ("data", "eval_count", "max_new_tokens", "dtype", "system"):  # what the figures above depend on
@@ -226,16 +257,15 @@ def run(args):
     print("next: python train.py --eval-only " + shlex.join(flags))
 
 
-def steps(model, chat, params, train_set, args):
-    """The training loop: yields one log row a step."""
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    reference = [p.detach().clone() for p in params] if args.kl > 0 else None
+def steps(model, chat, params, train_set, args, optimizer, reference, first):
+    """The training loop from step `first` (counted from 0) on: yields one log row a step. Each rank works on its share of every mini-batch."""
+    part = args.prompts // args.minibatches
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
     common = {"vocab": chat.vocab, "grad_clip": args.grad_clip, "recompute": args.recompute, "v_dtype": tinylora.DTYPES[args.v_dtype],
               "micro_tokens": args.tokens_per_micro_batch or (65536 if args.device.startswith("cuda") else 2048)}
-    for step in range(args.steps):
+    for step in range(first, args.steps):
         start = time.time()
-        picks = [step * args.prompts + i for i in range(args.prompts)]  # positions in an endless series of shuffled epochs
+        picks = [step * args.prompts + k * part + i for k in range(args.minibatches) for i in range(part)[ranks.share(part)]]  # positions in an endless series of shuffled epochs
         shuffled = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(len(train_set)) for epoch in {p // len(train_set) for p in picks}}
         problems = [train_set[shuffled[p // len(train_set)][p % len(train_set)]] for p in picks]
         lr = [args.lr * min(1, (step * args.minibatches + k + 1) / warmup) for k in range(args.minibatches)]
@@ -247,33 +277,60 @@ def steps(model, chat, params, train_set, args):
             prompts, ids, mask, old_logp = merge(respond(model, chat, problems, args, args.group, noise, args.temperature, f"step {step + 1}"))
             _, scores = score(chat, ids, mask, problems, args.group)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
-            metrics = {kind: s.mean().item() for kind, s in scores.items()}
-            metrics |= {"signal": (advantage != 0).any(1).float().mean().item(), "rollout_seconds": time.time() - start}
+            metrics = {kind: ranks.mean(s) for kind, s in scores.items()}
+            metrics |= {"signal": ranks.mean((advantage != 0).any(1)), "rollout_seconds": time.time() - start}
             metrics |= grpo.update(model, params, optimizer, prompts, ids, mask, old_logp, advantage.flatten().to(ids.device), lr=lr,
                                    minibatches=args.minibatches, temperature=args.temperature, clip_low=args.clip_low,
                                    clip_high=args.clip_high, kl=args.kl, reference=reference, **common)
         common["micro_tokens"] = metrics["micro_tokens"]  # halved when memory ran out: what fitted is where the next step starts
-        tokens, seconds = int(mask.sum()), time.time() - start
-        yield {"step": step + 1, **metrics, "length": tokens / len(prompts), "lr": lr[-1], "tokens": tokens, "tokens_per_s": tokens / seconds,
+        tokens, responses = map(int, ranks.total(mask.sum().item(), len(prompts)))
+        seconds = time.time() - start
+        yield {"step": step + 1, **metrics, "length": tokens / responses, "lr": lr[-1], "tokens": tokens, "tokens_per_s": tokens / seconds,
                "seconds": seconds, "memory_gb": memory_gb(args.device)}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: to end as Ctrl-C does."""
+
+
+def terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Terminated
+
+
+def again(args):
+    """The command that goes on with this run."""
+    return ("python" if ranks.SIZE == 1 else f"torchrun --nproc_per_node {ranks.SIZE}") + f" train.py --resume {shlex.quote(args.out)}"
+
+
 def main(argv=None):
-    """Exit codes: 0, 2 (a mistake of the user's, told in one line), 130 (Ctrl-C; adapter and log are kept)."""
-    args = None
+    """Exit codes: 0, 2 (a mistake of the user's, told in one line), 130 (Ctrl-C; adapter, log and state are kept), 143 (SIGTERM, likewise)."""
+    args, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGTERM, terminate)
+    speaker = f"rank {ranks.RANK}: " if ranks.RANK else ""
     try:
         args = parse(argv, __doc__)
+        ranks.join(args.device)
         converse(args) if args.chat else run(args)
+        ranks.leave()
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; what was done so far is in {args.out}" if args and Path(args.out).exists() else ""), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if ranks.RANK < 2:  # the second speaks too: it may be the first that died
+            kept = args and Path(args.out).exists()
+            print(f"\n{speaker}interrupted" + (f"; what was done so far is in {args.out}" if kept else "")
+                  + (f"; to go on: {again(args)}" if kept and not args.eval_only else ""), file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; lower --rollout-rows or --max-new-tokens for sampling; for updates use --recompute", file=sys.stderr)
+        print(f"{speaker}error: out of memory; lower --rollout-rows or --max-new-tokens for sampling; for updates use --recompute", file=sys.stderr)
+    except ranks.Alone as error:
+        print(f"{speaker}error: {error}; to go on: {again(args)}", file=sys.stderr)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {error}", file=sys.stderr)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 2
 
 
