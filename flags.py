@@ -82,7 +82,7 @@ def parse(argv, description=""):
     add("--eval-only", action="store_true", help="evaluate and stop")
     add("--chat", action="store_true", help="answer questions typed in, base and --adapter side by side")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
-    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="padded tokens per forward and backward (2048 on a CPU; "
+    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="tokens per forward and backward (2048 on a CPU; "
         "on cuda 65536, halved when memory runs out, until it fits)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
     add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")

@@ -67,7 +67,7 @@ def draw(logp, uniform):
 
 
 @torch.no_grad()
-def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, check_every=8):
+def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, check_every=4):
     """Sample `group` responses to each of P prompts (lists of ids); row p * group + g is sample g of prompt p.
 
     noise (P * group, >= max_new_tokens): uniform numbers in [0, 1), numpy or tensor; None decodes greedily.
@@ -129,7 +129,7 @@ def logprobs(model, prompts, ids, mask, temperature=1.0, vocab=None, recompute=F
     prefix = Prefix(*padded.shape, device)
     hidden = model.hidden(padded, prefix, lengths, recompute)[rows, lengths[rows] - 1][:, None]  # (B, 1, C): what predicts token 0
     if (T := ids.shape[1] - 1) > 0:
-        rest = model.hidden(ids[:, :-1], prefix.take(rows, T), mask.sum(1).clamp(max=T), recompute)  # (B, T - 1, C)
+        rest = model.hidden(ids[:, :-1], prefix.take(rows, T), mask.sum(1) - 1, recompute)  # (B, T - 1, C)
         hidden = torch.cat((hidden, rest), 1)  # position t predicts token t
     hidden, target = hidden[mask], ids[mask]  # (N, C), (N,)
 
@@ -163,23 +163,22 @@ def grpo_loss(logp, old_logp, advantage, mask, denominator, clip_low=0.2, clip_h
 
 
 def micro_batches(prompts, lengths, rows, tokens):
-    """Rows cut into micro-batches that hold at most `tokens` tokens, padding included (or a single row).
+    """Rows cut into micro-batches of at most `tokens` tokens (or a single row), a prompt that rows share counted once.
 
-    prompts: one list of ids per row; lengths: of the responses. Rows of one prompt stay together as far as they fit, since
-    the prompt is computed once for all of them; groups with long responses come first, so that rows padded to one width
-    are of like length.
+    prompts: one list of ids per row; lengths: of the responses. Rows of one prompt stay together as far as they fit; groups
+    with long responses come first, so that what attention pads to one width is of like length.
     """
     longest = {}
     for row in rows:
         longest[tuple(prompts[row])] = max(lengths[row], longest.get(tuple(prompts[row]), 0))
-    batch, some, wide, long = [], set(), 0, 0
+    batch, some, total = [], set(), 0
     for row in sorted(rows, key=lambda i: (-longest[tuple(prompts[i])], prompts[i], -lengths[i])):
         prompt = tuple(prompts[row])
-        some, wide, long = some | {prompt}, max(wide, len(prompt)), max(long, lengths[row])
-        if batch and len(some) * wide + (len(batch) + 1) * long > tokens:
+        if batch and total + lengths[row] + len(prompt) * (prompt not in some) > tokens:
             yield batch
-            batch, some, wide, long = [], {prompt}, len(prompt), lengths[row]
-        batch.append(row)
+            batch, some, total = [], set(), 0
+        total += lengths[row] + len(prompt) * (prompt not in some)
+        batch, some = [*batch, row], some | {prompt}
     if batch:
         yield batch
 

@@ -53,6 +53,13 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def to_grid(x, B, T, real):
+    """Tokens (N, ...) -> (B, T, ...), zeros where there is padding. real (N,): the places of the N tokens among the B * T (None: all)."""
+    if real is not None:
+        x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, real, x)
+    return x.view(B, T, *x.shape[1:])
+
+
 def attend(q, k, v, mask):
     """q (B, H, T, D), k and v (B, KV, S, D), mask (B, 1, T, S) or None for plain causal -> (B, H, T, D)."""
     (B, H, T, D), KV = q.shape, k.shape[1]
@@ -87,13 +94,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, rope, mask, cache):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+    def forward(self, x, rope, grid, mask, cache):  # x (N, C)
+        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, head_dim)
+        q, k, v = (to_grid(t, *grid).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, head_dim)
         k, v = (k, v) if cache is None else cache.append(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask).transpose(1, 2).flatten(0, 1).flatten(1)  # (B * T, heads * head_dim)
+        return self.o_proj(y if grid[2] is None else y.index_select(0, grid[2]))
 
 
 class MLP(nn.Module):
@@ -115,8 +121,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x, rope, grid, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, grid, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -196,23 +202,25 @@ class Transformer(nn.Module):
         cache: continues the rows in it. lengths (B,): real tokens of each row in this call, the rest of the row
         is padding on the right (None: no padding). recompute: activation checkpointing, block by block.
         """
-        B, T = ids.shape
-        positions, mask = torch.arange(T, device=ids.device)[None], None  # (1, T); (B, T) once a cache is at work
+        (B, T), mask, places = ids.shape, None, None
+        positions = torch.arange(T, device=ids.device).expand(B, T)
         if cache is not None:
-            lengths = torch.full_like(cache.lengths, T) if lengths is None else lengths
-            real, end = positions < lengths[:, None], cache.used + T
-            positions = positions + cache.lengths[:, None]
+            end, fed = cache.used + T, T if lengths is None else lengths[:, None]
+            real, positions = positions < fed, positions + cache.lengths[:, None]
             cache.position[:, cache.used:end] = torch.where(real, positions, NEVER)
             if cache.used:  # into an empty cache, causal attention says it all
                 mask = (cache.position[:, None, :end] <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-        angle = positions[:, None, :, None] * self.rope_freqs.repeat(2)  # (B, 1, T, head_dim), fp32
-        x = self.embed_tokens(ids)
-        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            if lengths is not None:  # padding exists in attention only: all else sees the real tokens, N of them
+                places = real.flatten().nonzero()[:, 0]
+                ids, positions = ids.flatten()[places], positions.flatten()[places]
+        angle = positions.flatten()[:, None, None] * self.rope_freqs.repeat(2)  # (N, 1, head_dim), fp32
+        x = self.embed_tokens(ids.flatten())  # (N, C)
+        rope, grid = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), (B, T, places)
         for block in self.layers:
-            x = checkpoint(block, x, rope, mask, cache, use_reentrant=False) if recompute else block(x, rope, mask, cache)
+            x = checkpoint(block, x, rope, grid, mask, cache, use_reentrant=False) if recompute else block(x, rope, grid, mask, cache)
         if cache is not None:
-            cache.used, cache.lengths = end, cache.lengths + lengths
-        return self.norm(x)
+            cache.used, cache.lengths = end, cache.lengths + (T if lengths is None else lengths)
+        return to_grid(self.norm(x), *grid)
 
     def logits(self, hidden, vocab=None):
         """(..., C) -> (..., vocab): the head, cut to the ids that the tokenizer really has (None: all)."""
