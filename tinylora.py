@@ -68,11 +68,9 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
     if not 1 <= rank <= min(m, n):
         raise InputError(f"--rank {rank} does not fit a weight of shape {m} x {n}: use 1 to {min(m, n)}")
     W = W.float()
-    if not W.isfinite().all():
-        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
     A = W if n <= m else W.T  # iterate on the short side
     width = min(rank + 6, A.shape[1])
-    keep, limit = 3 * width, max(16 * width, 64)
+    keep, limit = 2 * width, 8 * width
     block = torch.from_numpy(np.random.RandomState(0).standard_normal((A.shape[1], width))).to(W)
     K = Z = W.new_empty(A.shape[1], 0)  # the basis, and A^T A times it
     residual = math.inf
@@ -80,7 +78,10 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
         for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
             block = torch.linalg.qr(block - K @ (K.T @ block))[0]
         block = block[:, :A.shape[1] - K.shape[1]]  # the basis may fill the space; then the result is exact
-        K, Z = torch.cat((K, block), 1), torch.cat((Z, A.T @ (A @ block)), 1)
+        new = (block.T @ A.T @ A).T  # A^T A block; the product with A.T on the left would be several times slower
+        if not new.isfinite().all():
+            raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
+        K, Z = torch.cat((K, block), 1), torch.cat((Z, new), 1)
         small = (K.T @ Z).double()
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
         vectors = vectors.flip(1).to(W)  # descending

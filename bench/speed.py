@@ -1,12 +1,10 @@
 """Ours beside what people would use instead: python bench/speed.py WHAT ... [--model FOLDER] [--rounds 3] (needs transformers, trl, peft)
 
-    rollout   tokens/s of sampling, natural lengths and all rows to the limit: generate of transformers (default and static cache)
-    step      seconds of one whole GRPO step, rollout and update: TRL's GRPOTrainer with PEFT's TinyLoRA, all rows to the limit
+    rollout   tokens/s of sampling: generate of transformers (default and static cache)
+    step      seconds of one whole GRPO step, rollout and update: TRL's GRPOTrainer with PEFT's TinyLoRA
     wrap      seconds to put TinyLoRA on one 18944 x 3584 matrix, and on the model: PEFT's TinyLoRA
     memory    peak resident memory of an update of 32 responses of 128 tokens, each in a process of its own: TRL's
     skew      10% of rows run to the limit and the rest to a quarter of it: against decoding every row to the end
-    scale     our rollout and update against batch, length and tokens
-    gpu       on CUDA only, random weights at Qwen2.5 shapes: tokens/s beside the bandwidth ceiling, update FLOP/s beside matmul's
 
 Ours and theirs take turns (ours, theirs, ours, theirs ...), figures are medians and ratios of medians; the last line is JSON. Both
 sides get the same weights, prompts and lengths and sample at T = 1 from the full softmax. Default model: toy, 32 problems x 8, 96
@@ -54,12 +52,12 @@ def seconds(f):
 
 
 def turns(rounds, **sides):
-    """Each side once per round, in turn, after one round to warm up: {name: [result of each round]}."""
+    """Each side once per round, in turn, after one round to warm up (none for a single round): {name: [result of each round]}."""
     out = {name: [] for name in sides}
-    for i in range(rounds + 1):
+    for i in range(rounds + (rounds > 1)):
         for name, f in sides.items():
             result = f()
-            if i:
+            if i or rounds == 1:
                 out[name].append(result)
     return out
 
@@ -118,7 +116,8 @@ def rollout(args):
         return int((ended <= 1).sum()) / took  # tokens up to and including the first stop token
 
     result = {}
-    for natural, name in ((True, "natural lengths"), (False, "all to the limit")):
+    for name in args.lengths:
+        natural = name == "natural"
         got = turns(args.rounds, ours=lambda: mine(natural), default=lambda: other(natural), static=lambda: other(natural, cache_implementation="static"))
         tokens = {side: round(median(x), 1) for side, x in got.items()}
         result[name] = tokens | {"ratio": round(tokens["ours"] / max(tokens["default"], tokens["static"]), 2)}
@@ -157,12 +156,13 @@ def step(args):
                     micro_tokens=2048 if s.device == "cpu" else 65536)
 
     result = {}
-    for lengths, stop_ids, limits in (("natural lengths", s.chat.stop_ids, {}), ("all to the limit", [-1], {"generation_kwargs": {"min_new_tokens": s.T}})):
+    for lengths in args.lengths:
+        stop_ids, limits = (s.chat.stop_ids, {}) if lengths == "natural" else ([-1], {"generation_kwargs": {"min_new_tokens": s.T}})
         times = {"ours": []}
         for name, checkpointing in (("trl, default", True), ("trl, fastest", False)):
             times[name] = []
             with tempfile.TemporaryDirectory() as out:
-                trainer = trl_trainer(s, out, max_steps=args.rounds + 1, gradient_checkpointing=checkpointing, **limits)
+                trainer = trl_trainer(s, out, max_steps=args.rounds + (args.rounds > 1), gradient_checkpointing=checkpointing, **limits)
                 real = trainer.training_step
 
                 def both(*a, **kw):
@@ -173,7 +173,7 @@ def step(args):
                 trainer.training_step = both
                 with contextlib.redirect_stdout(io.StringIO()):
                     trainer.train()
-            times[name] = times[name][1:]
+            times[name] = times[name][args.rounds > 1:]
         figures = {side: round(median(x), 3) for side, x in times.items()}
         result[lengths] = figures | {f"ratio to {name}": round(figures[name] / figures["ours"], 2) for name in ("trl, default", "trl, fastest")}
         print(f"step, {lengths}: seconds {result[lengths]}", flush=True)
@@ -185,24 +185,25 @@ def wrap(args):
     from peft import TinyLoraConfig, get_peft_model
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     s, result = Setup(args), {}
-    W = torch.from_numpy(np.random.RandomState(0).standard_normal((18944, 3584)).astype(np.float32))
-    W += 3 * torch.outer(W[:, 0], W[0])  # real weights have directions that stand out; without it this is the hardest case
+    noise = torch.from_numpy(np.random.RandomState(0).standard_normal((18944, 3584)).astype(np.float32))
+    U, V = (torch.linalg.qr(x)[0] for x in (noise[:, :64], noise[:3584, 64:128]))
+    matrices = {"decaying": 0.02 * noise + U * (20 * torch.arange(1, 65)**-0.5) @ V.T,  # as trained weights are
+                "noise": noise}  # the hardest: its largest singular values lie 0.2% apart
+    for name, W in matrices.items():
+        def one_theirs():
+            holder = torch.nn.Sequential(torch.nn.Linear(3584, 18944, bias=False, device="meta"))
+            holder[0].weight = torch.nn.Parameter(W, requires_grad=False)
+            return get_peft_model(holder, TinyLoraConfig(r=2, u=1, target_modules=["0"]))
 
-    def one_theirs():
-        holder = torch.nn.Sequential(torch.nn.Linear(3584, 18944, bias=False, device="meta"))
-        holder[0].weight = torch.nn.Parameter(W, requires_grad=False)
-        return get_peft_model(holder, TinyLoraConfig(r=2, u=1, target_modules=["0"]))
-
-    theirs, made = seconds(one_theirs)
-    got = [seconds(lambda: tinylora.truncated_svd(W, 2)) for _ in range(args.rounds)]
-    B = made.base_model.model[0].tinylora_B["default"]  # U sqrt(S)
-    S = B.square().sum(0)
-    _, ours_S, _, residual = got[0][1]
-    result["one 18944 x 3584"] = {"ours": round(median([x for x, _ in got]), 2), "theirs": round(theirs, 1), "ratio": round(theirs / median([x for x, _ in got]), 1),
-                                  "singular values differ by": f"{((ours_S - S) / S).abs().max().item():.0e}", "residual": f"{residual:.0e}"}
-    print(f"wrap, one matrix: {result['one 18944 x 3584']}", flush=True)
-    models = [transformer.load(s.folder) for _ in range(args.rounds)]
-    got = turns(args.rounds - 1, ours=lambda: seconds(lambda: tinylora.adapt(models.pop(), 13))[0],
+        got = turns(args.rounds, ours=lambda: seconds(lambda: tinylora.truncated_svd(W, 2)), theirs=lambda: seconds(one_theirs))
+        theirs_S = got["theirs"][0][1].base_model.model[0].tinylora_B["default"].square().sum(0)  # B is U sqrt(S)
+        _, S, _, residual = got["ours"][0][1]
+        figures = {side: round(median([took for took, _ in x]), 2) for side, x in got.items()}
+        result[f"18944 x 3584, {name}"] = figures | {"ratio": round(figures["theirs"] / figures["ours"], 1), "residual": f"{residual:.0e}",
+                                                     "singular values differ by": f"{((S - theirs_S) / theirs_S).abs().max().item():.0e}"}
+        print(f"wrap, {name}: {result[f'18944 x 3584, {name}']}", flush=True)
+    models = [transformer.load(s.folder) for _ in range(args.rounds + 1)]
+    got = turns(args.rounds, ours=lambda: seconds(lambda: tinylora.adapt(models.pop(), 13))[0],
                 theirs=lambda: seconds(lambda m=s.theirs(): get_peft_model(m, TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=names)))[0])
     result["the model"] = {side: round(median(x), 2) for side, x in got.items()}
     result["the model"]["ratio"] = round(result["the model"]["theirs"] / result["the model"]["ours"], 1)
@@ -254,27 +255,33 @@ def memory(args):
 
 
 def skew(args):
-    """Row i may write `limit[i]` tokens: 10% of the rows the full length, the rest a quarter. Dropped as they end, or decoded to the end."""
+    """10% of the rows run to the limit, the rest to a quarter of it. A stop test that knows each row's limit stands in for torch.isin."""
     s = Setup(args)
     model, _ = s.ours()
     rows = s.P * s.G
-    limit = [s.T if i % 10 == 3 else s.T // 4 for i in range(rows)]
-    real = grpo.ended
+    limit = torch.tensor([s.T if i % 10 == 3 else s.T // 4 for i in range(rows)])
 
-    def forced(token, stops, t, rows):  # stand-in for the stop test: rows end where the skew says
-        return torch.tensor([t + 1 >= limit[i] for i in rows.tolist()], device=token.device)
+    class Limits:  # counts the tokens drawn; rows leave the batch in order, so the ones that remain are those not yet at their limit
+        def __init__(self):
+            self.t, self.left, self.isin = 0, torch.arange(rows), torch.isin
+
+        def __call__(self, token, stops):
+            if len(token) < len(self.left):
+                self.left = self.left[limit[self.left] > self.t]
+            self.t += 1
+            return (limit[self.left] <= self.t).to(token.device)
 
     def one(check_every):
-        grpo.ended = forced
+        real, torch.isin = torch.isin, Limits()
         try:
             took, (_, mask, _) = seconds(lambda: s.sample(model, [-1], check_every=check_every))
         finally:
-            grpo.ended = real
-        assert mask.sum(1).tolist() == limit
+            torch.isin = real
+        assert mask.sum(1).tolist() == limit.tolist()
         return took
 
-    got = turns(args.rounds, ours=lambda: one(8), theirs=lambda: one(10**9))
-    result = {"dropping": round(median(got["ours"]), 2), "to the end": round(median(got["theirs"]), 2)}
+    got = turns(args.rounds, dropping=lambda: one(4), whole=lambda: one(10**9))
+    result = {"dropping": round(median(got["dropping"]), 2), "to the end": round(median(got["whole"]), 2)}
     result["ratio"] = round(result["to the end"] / result["dropping"], 2)
     print(f"skew: seconds {result}", flush=True)
     return result
@@ -286,6 +293,7 @@ def main():
     cli.add_argument("--model", default=str(ROOT / "toy"))
     for name, text in (("problems", "default 32 on the toy, else 4"), ("group", "8"), ("tokens", "96 on the toy, else 128"), ("rounds", "3")):
         cli.add_argument(f"--{name}", type=int, help=text)
+    cli.add_argument("--lengths", nargs="+", default=["natural", "limit"], choices=["natural", "limit"], help="until a stop token, or all rows to the limit")
     cli.add_argument("--side", help=argparse.SUPPRESS)
     args = cli.parse_args()
     toy = Path(args.model).resolve() == ROOT / "toy"
