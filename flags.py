@@ -62,7 +62,9 @@ def parse(argv, description=""):
     add("--seed", type=within(int, 0, 2**32 - 1), default=0, help="of P (unless --adapter brings its own), the problems' order and the sampling (default: 0)")
     add("--adapter", default=None, metavar="A", help="evaluate, or start from, this adapter.safetensors or LoRA folder")
     add = cli.add_argument_group("learning (grpo.py)").add_argument
-    add("--algo", default="grpo", choices=["grpo", "sft"], help="rewards, or likelihood of the data's own worked solutions (grpo)")
+    add("--algo", default="grpo", choices=["grpo", "es", "sft"], help="by gradients of rewards, by search without gradients (es.py), or on "
+        "the data's own worked solutions (grpo)")
+    add("--sigma", type=positive, default=0.2, help="es: how far from v it looks (0.2)")
     add("--steps", type=whole, default=None, help="training steps (default: 3 epochs of the training set)")
     add("--prompts", type=count, default=64, metavar="P", help="problems a step (64)")
     add("--group", type=count, default=4, metavar="G", help="responses to each problem (4)")
@@ -153,6 +155,8 @@ def check(args):
             raise InputError(f"--{name.replace('_', '-')} means nothing to --method {args.method}")
     if args.method == "full" and args.dtype == "bf16":
         raise InputError("--dtype bf16: --method full trains the weights themselves, and small steps round away in bf16; leave it out")
+    if args.algo == "es" and (args.method not in ("tinylora", "lora-xs") or args.group % 2 or args.kl):
+        raise InputError("--algo es: searches over v (--method tinylora or lora-xs), in pairs (an even --group), one update a step, without --kl")
     if args.group < 2 and args.algo == "grpo" and not args.eval_only:
         raise InputError("--group 1: an advantage compares the responses to one problem, so a group needs at least 2")
     if args.prompts % (args.minibatches * ranks.SIZE):

@@ -67,10 +67,11 @@ def draw(logp, uniform):
 
 
 @torch.no_grad()
-def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, check_every=4):
+def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, which=None, check_every=4):
     """Sample `group` responses to each of P prompts (lists of ids); row p * group + g is sample g of prompt p.
 
-    noise (P * group, >= max_new_tokens): uniform numbers in [0, 1), numpy or tensor; None decodes greedily.
+    noise (P * group, >= max_new_tokens): uniform numbers in [0, 1), numpy or tensor; None decodes greedily. which (P,): each
+    prompt's adapter, inside tinylora.many.
     Returns ids (B, T), mask (B, T) bool, true up to and including one stop token, and logprobs (B, T) fp32 of
     the drawn ids at this temperature, 0 where masked. The host looks at the device only every `check_every`
     tokens: it stops when all rows are done, and drops finished rows from the batch when they are many.
@@ -78,6 +79,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     cache = Cache(model, len(prompts), max(map(len, prompts)))
+    cache.which = which if which is None else torch.as_tensor(which, device=device)
     hidden = model.hidden(pad(prompts, device), cache, lengths)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)  # (B,)
     hidden = hidden[rows, lengths[rows] - 1]  # (B, C): each row's last real token

@@ -139,6 +139,7 @@ class Cache:
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # a column is written before it is read
         self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens in each row
+        self.which = None  # (B,): the adapter of each row, where they differ (tinylora.many)
         self.used = 0  # columns written, the same for all rows; a plain int, so that slicing needs no host sync
 
     def append(self, layer, k, v):
@@ -155,7 +156,7 @@ class Cache:
             new.k[layer, :, :, :self.used] = self.k[layer, rows, :, :self.used]
             new.v[layer, :, :, :self.used] = self.v[layer, rows, :, :self.used]
         new.position = F.pad(self.position[rows, :self.used], (0, size - self.used), value=NEVER)
-        new.lengths = self.lengths[rows]
+        new.lengths, new.which = self.lengths[rows], None if self.which is None else self.which[rows]
         return new
 
 
@@ -163,7 +164,7 @@ class Prefix:
     """The prompts' keys and values as part of the autograd graph: one pass fills it, a second one, over `take(rows)`, reads it."""
 
     def __init__(self, batch, size, device):
-        self.kv, self.rows = {}, None
+        self.kv, self.rows, self.which = {}, None, None
         self.position = torch.full((batch, size), NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used = 0
@@ -213,6 +214,9 @@ class Transformer(nn.Module):
             if lengths is not None:  # padding exists in attention only: all else sees the real tokens, N of them
                 places = real.flatten().nonzero()[:, 0]
                 ids, positions = ids.flatten()[places], positions.flatten()[places]
+            if cache.which is not None:
+                which = cache.which[:, None].expand(B, T).flatten()
+                self.bank.which = which if places is None else which[places]
         angle = positions.flatten()[:, None, None] * self.rope_freqs.repeat(2)  # (N, 1, head_dim), fp32
         x = self.embed_tokens(ids.flatten())  # (N, C)
         rope, grid = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), (B, T, places)

@@ -34,7 +34,9 @@ import hashlib
 import json
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -104,11 +106,14 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
 
 
 class TinyLoRALinear(nn.Module):
-    """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row."""
+    """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row.
 
-    def __init__(self, base, v, group, P):
+    bank: see `many`.
+    """
+
+    def __init__(self, base, v, group, P, bank=None):
         super().__init__()
-        self.base, self.v, self.group = base, v, group
+        self.base, self.v, self.group, self.bank = base, v, group, bank
         W = base.weight
         U, S, V, self.residual = truncated_svd(W, P.shape[-1])
         self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
@@ -117,13 +122,28 @@ class TinyLoRALinear(nn.Module):
 
     def core(self):
         """R (r, r), in v's precision."""
-        return torch.einsum("u,uij->ij", self.v[self.group], self.P)
+        return (self.v[self.group] @ self.P.flatten(1)).view(self.P.shape[1:])
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
-        y, R = self.base(x), self.core()
-        h = F.linear(x, self.Vt)  # (..., r)
-        h = F.linear(h.to(R.dtype), R).to(x.dtype)  # R stays fp32: rounded to bf16, a small step of v would vanish
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.US.T).view_as(y)
+        y = self.base(x)
+        h = F.linear(x, self.Vt).to(self.P.dtype)  # (..., r); R stays fp32: rounded to bf16, a small step of v would vanish
+        if self.bank is None or self.bank.which is None:
+            h = F.linear(h, self.core())
+        else:  # x is (N, d_in), and every token has an R of its own
+            R = torch.einsum("au,uij->aij", self.bank.v[:, self.group], self.P)
+            h = torch.einsum("nij,nj->ni", R[self.bank.which], h)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(x.dtype), self.US.T).view_as(y)
+
+
+@contextmanager
+def many(model, values):
+    """Inside the block, rows of one batch may have different v's: values (A, groups, u), and generate(..., which=) says whose v
+    each prompt gets. U, S, V and P are shared, so A adapters are served or evaluated at about the cost of one."""
+    model.bank.v = values
+    try:
+        yield
+    finally:
+        model.bank.v = model.bank.which = None
 
 
 def random_P(u, rank, seed, index):
@@ -210,13 +230,14 @@ def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, m
     settings = {"method": method, "rank": rank, "u": u, "tie": tie, "n_tie": n_tie or 0, "groups": groups, "seed": seed,
                 "targets": ",".join(TARGETS), "base": "meta" if weight.is_meta else fingerprint(model)}
     v = nn.Parameter(torch.zeros(groups, u, dtype=torch.float32, device=weight.device))
+    model.bank = SimpleNamespace(v=None, which=None)
     places = [(layer, target) for layer in model.layers for target in TARGETS]
     for index, (layer, target) in enumerate(progress(places)):
         parent, name = target.split(".")
         parent = getattr(layer, parent)
         P = torch.eye(u).view(u, rank, rank) if method == "lora-xs" else random_P(u, rank, seed, index)
         try:
-            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], P))
+            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], P, model.bank))
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
     model.adapter = settings

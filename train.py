@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import es
 import gsm8k
 import grpo
 import lora
@@ -45,15 +46,15 @@ def uniforms(keys, length):
     return np.stack([np.random.RandomState(key).random_sample(length) for key in keys])
 
 
-def respond(model, chat, problems, args, group, noise, temperature, label):
-    """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk."""
+def respond(model, chat, problems, args, group, noise, temperature, label, which=None):
+    """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk. which: see grpo.generate."""
     prompts, parts = [chat.prompt(p["prompt"], args.system) for p in problems], []
     per = max(1, args.rollout_rows // group)
     bar = tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=bool(ranks.RANK) or None)  # None: unless a terminal
     for i in range(0, len(prompts), per):
         some = prompts[i:i + per]
         part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature,
-                             None if noise is None else noise[i * group:(i + per) * group], chat.vocab)
+                             None if noise is None else noise[i * group:(i + per) * group], chat.vocab, None if which is None else which[i:i + per])
         parts.append(([p for p in some for _ in range(group)], *part))
         bar.update(len(some))
     bar.close()
@@ -249,7 +250,7 @@ def learn(model, chat, params, train_set, count, args, evaluation, began, folder
             pair = summary["base_" + key(kind, i)], summary["final_" + key(kind, i)] = base[i][kind], final[i][kind]
             print(f"{f'{name}, {kind}':<24}  " + "    ".join(f"{x:.3f} +- {standard_error(x, count):.3f}" for x in pair))
     state.write_json(out / "summary.json", summary)
-    print(f"{total:,} trainable numbers, {size:,} bytes ({args.v_dtype}); {done['tokens']:,} tokens {'sampled' if args.algo == 'grpo' else 'learned from'}; "
+    print(f"{total:,} trainable numbers, {size:,} bytes ({args.v_dtype}); {done['tokens']:,} tokens {'learned from' if args.algo == 'sft' else 'sampled'}; "
           f"{summary['seconds']:.0f} s in all")
     flags = ["--model", str(saved)] if args.method == "full" else ["--adapter", str(saved), "--model", args.model]
     for name in ("data", "eval_count", "max_new_tokens", "dtype", "system"):  # what the figures above depend on
@@ -272,6 +273,11 @@ def steps(model, chat, params, train_set, args, optimizer, reference, first):
         if args.algo == "sft":
             prompts, ids, mask = solutions(chat, problems, args)
             metrics = grpo.sft_update(model, params, optimizer, prompts, ids, mask, lr=lr, minibatches=args.minibatches, **common)
+        elif args.algo == "es":
+            metrics, mask = es.step(model, params[0], optimizer, problems, [[args.seed, p] for p in picks], args, lr[-1],
+                                    lambda rows, noise, which: merge(respond(model, chat, rows, args, 1, noise, args.temperature, f"step {step + 1}", which)),
+                                    lambda ids, mask, rows: score(chat, ids, mask, rows, 1)[1])
+            prompts = mask  # as many
         else:
             noise = uniforms([[3, args.seed, p, g] for p in picks for g in range(args.group)], args.max_new_tokens)
             prompts, ids, mask, old_logp = merge(respond(model, chat, problems, args, args.group, noise, args.temperature, f"step {step + 1}"))
@@ -282,7 +288,7 @@ def steps(model, chat, params, train_set, args, optimizer, reference, first):
             metrics |= grpo.update(model, params, optimizer, prompts, ids, mask, old_logp, advantage.flatten().to(ids.device), lr=lr,
                                    minibatches=args.minibatches, temperature=args.temperature, clip_low=args.clip_low,
                                    clip_high=args.clip_high, kl=args.kl, reference=reference, **common)
-        common["micro_tokens"] = metrics["micro_tokens"]  # halved when memory ran out: what fitted is where the next step starts
+        common["micro_tokens"] = metrics.get("micro_tokens")  # halved when memory ran out: what fitted is where the next step starts
         tokens, responses = map(int, ranks.total(mask.sum().item(), len(prompts)))
         seconds = time.time() - start
         yield {"step": step + 1, **metrics, "length": tokens / responses, "lr": lr[-1], "tokens": tokens, "tokens_per_s": tokens / seconds,
