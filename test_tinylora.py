@@ -373,6 +373,22 @@ def test_adapter_file_is_26_bytes_and_travels(tmp_path):
         assert torch.equal(load_file(tmp_path / "y")["y"], model(torch.arange(40).view(2, 20)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapter_travels_between_thread_counts(dtype, tmp_path):
+    """Another thread count sums in another order: the same policy to rounding (1e-4 in fp32; in bf16 no further than bf16 itself is from fp32)."""
+    model, logits = transformer.load(TOY), {}
+    v = random_v(tinylora.adapt(model, 13, seed=3), 0.5)
+    tinylora.save(tmp_path / "a.safetensors", v, model)
+    want = model(torch.arange(40).view(2, 20))
+    for threads in ("1", "2"):
+        code = (f"import torch, model, tinylora; m = model.load({str(TOY)!r}, torch.{dtype}); tinylora.load({str(tmp_path / 'a.safetensors')!r}, m); assert torch.get_num_threads() == {threads};"
+                f"from safetensors.torch import save_file; save_file({{'y': m(torch.arange(40).view(2, 20)).float()}}, {str(tmp_path / 'y')!r})")
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads})
+        logits[threads] = load_file(tmp_path / "y")["y"]
+    bound = 1e-4 if dtype == "float32" else (logits["1"] - want).abs().max().item()
+    torch.testing.assert_close(logits["1"], logits["2"], atol=bound, rtol=0)
+
+
 def test_adapter_on_another_base_or_with_other_settings(tmp_path):
     """The error says what differs; a base loaded in bf16 is still the same base; a damaged file is told."""
     model, path = tiny(), tmp_path / "a.safetensors"

@@ -4,6 +4,7 @@
     step      seconds of one whole GRPO step, rollout and update: TRL's GRPOTrainer with PEFT's TinyLoRA
     wrap      seconds to put TinyLoRA on one 18944 x 3584 matrix, and on the model: PEFT's TinyLoRA
     memory    peak resident memory of an update of 32 responses of 128 tokens, each in a process of its own: TRL's
+    many      64 rows with 64 different v's: against 64 rows with one v
     skew      10% of rows run to the limit and the rest to a quarter of it: against decoding every row to the end
 
 Ours and theirs take turns (ours, theirs, ours, theirs ...), figures are medians and ratios of medians; the last line is JSON. Both
@@ -287,6 +288,35 @@ def skew(args):
     return result
 
 
+def many(args):
+    """64 rows with 64 different v's against 64 rows with one v; and the first 4 of them against runs of their own."""
+    s = Setup(args)
+    model, v = s.ours()
+    prompts = [s.prompts[i % s.P] for i in range(64)]
+    noise, values = s.rng.random_sample((64, s.T)), torch.from_numpy(s.rng.standard_normal((64, *v.shape)) * 0.05).to(v)
+
+    def one():
+        return seconds(lambda: grpo.generate(model, prompts, 1, s.T, [-1], 1.0, noise, s.chat.vocab))
+
+    def each():
+        with tinylora.many(model, values):
+            return seconds(lambda: grpo.generate(model, prompts, 1, s.T, [-1], 1.0, noise, s.chat.vocab, which=range(64)))
+
+    got = turns(args.rounds, one=one, each=each)
+    _, (ids, _, logp) = got["each"][0]
+    worst = 0.0
+    for i in range(4):
+        with torch.no_grad():
+            v.copy_(values[i])
+        alone_ids, _, alone = grpo.generate(model, prompts[i:i + 1], 1, s.T, [-1], 1.0, noise[i:i + 1], s.chat.vocab)
+        assert torch.equal(alone_ids[0], ids[i])
+        worst = max(worst, (alone[0] - logp[i]).abs().max().item())
+    figures = {side: round(median([took for took, _ in x]), 2) for side, x in got.items()}
+    result = {"one v": figures["one"], "64 v's": figures["each"], "cost": round(figures["each"] / figures["one"], 2), "log-probs differ by": f"{worst:.0e}"}
+    print(f"many: seconds {result}", flush=True)
+    return result
+
+
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("what", nargs="*", default=["rollout", "step", "wrap", "memory", "skew"])
@@ -302,7 +332,7 @@ def main():
     if args.what == ["memory_of"]:
         return memory_of(args)
     print(f"{args.model}: {args.problems} problems x {args.group}, {args.tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    kinds = {"rollout": rollout, "step": step, "wrap": wrap, "memory": memory, "skew": skew}
+    kinds = {"many": many, "rollout": rollout, "step": step, "wrap": wrap, "memory": memory, "skew": skew}
     print(json.dumps({what: kinds[what](args) for what in args.what}))
 
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # what does not make two runs two settings: the seed, and what says where, how far and with what they were run
-IGNORED = {"seed", "out", "trained", "tinylora", "torch", "numpy", "device", "resume", "save_every", "wandb", "tensorboard"}
+IGNORED = {"seed", "out", "trained", "tinylora", "torch", "numpy", "device", "resume", "save_every", "wandb", "tensorboard", "threads", "ranks", "chat"}
 
 
 def read(run):
