@@ -17,6 +17,17 @@ from files import InputError
 from flags import find_model
 
 
+def open_model(args):
+    """--model -> (its folder, Chat, Transformer); InputError when one is damaged or they do not belong together."""
+    folder = find_model(args.model)
+    transformer.read_config(folder)  # the cheap complaints first
+    chat = gsm8k.Chat(folder)
+    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
+    if chat.vocab > model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model only {model.config.vocab_size}")
+    return folder, chat, model
+
+
 def answers(model, chat, params, args, question):
     """{"base": its greedy answer, "adapted": the other one's, where something is trained} to a question, asked as GSM8K's are."""
     def answer():
@@ -37,11 +48,7 @@ def columns(texts, width):
 
 def converse(args):
     """Reads questions until an empty line or Ctrl-D."""
-    folder = find_model(args.model)
-    chat = gsm8k.Chat(folder)
-    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-    if chat.vocab > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model only {model.config.vocab_size}")
+    _, chat, model = open_model(args)
     params = [] if not args.adapter else lora.load(args.adapter, model) if args.method == "lora" else [tinylora.load(args.adapter, model)]
     print(f"{args.model}" + (f" and {args.adapter}" if params else "") + ", greedy. A question in one line; an empty line ends.", flush=True)
     while True:

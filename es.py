@@ -23,7 +23,7 @@ def step(model, v, optimizer, problems, keys, args, lr, respond, score):
     seeds = [(*key, k) for key in keys for k in range(pairs)]
     e = torch.from_numpy(np.stack([np.random.RandomState([6, *seed]).standard_normal(v.shape) for seed in seeds])).to(v)  # (P * pairs, groups, u)
     values = torch.stack((v + args.sigma * e, v - args.sigma * e), 1).flatten(0, 1).detach()  # (P * G, groups, u): +, -, +, - ...
-    noise = np.stack([np.random.RandomState([3, *seed]).random_sample(args.max_new_tokens) for seed in seeds for _ in range(2)])
+    noise = grpo.uniforms([[3, *seed] for seed in seeds for _ in range(2)], args.max_new_tokens)
     with tinylora.many(model, values):
         _, ids, mask, _ = respond(rows, noise, np.arange(len(rows)))
     scores = score(ids, mask, rows)

@@ -31,6 +31,7 @@ finetuning. sft_update is what GRPO is compared with: the likelihood of given re
 import math
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +46,11 @@ def pad(rows, device):
     """Lists of ids -> (B, T) padded with 0 on the right. The padding is found by lengths, never by its value."""
     width = max(map(len, rows))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def uniforms(keys, length):
+    """(len(keys), length) sampling noise, a numpy stream per row, seeded by its key: the same on every machine, whatever shares the batch."""
+    return np.stack([np.random.RandomState(key).random_sample(length) for key in keys])
 
 
 def log_softmax(logits, temperature):
@@ -180,7 +186,8 @@ def micro_batches(prompts, lengths, rows, tokens):
             yield batch
             batch, some, total = [], set(), 0
         total += lengths[row] + len(prompt) * (prompt not in some)
-        batch, some = [*batch, row], some | {prompt}
+        batch.append(row)
+        some.add(prompt)
     if batch:
         yield batch
 

@@ -27,23 +27,17 @@ import es
 import gsm8k
 import grpo
 import lora
-import model as transformer
 import ranks
 import state
 import tinylora
-from chat import converse
+from chat import converse, open_model
 from files import InputError
-from flags import find_model, parse
+from flags import parse
 
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f", "gap": ".0e",
          "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}  # of a log row, what the terminal shows and how
-
-
-def uniforms(keys, length):
-    """(len(keys), length) sampling noise, a numpy stream per row: the same on every machine, whatever shares the batch."""
-    return np.stack([np.random.RandomState(key).random_sample(length) for key in keys])
 
 
 def respond(model, chat, problems, args, group, noise, temperature, label, which=None):
@@ -79,7 +73,7 @@ def evaluate(model, chat, problems, args, label, sampled=False):
     """Fixed problems, greedy or (sampled) at T = 1 with fixed noise: the mean of every score, the mean length, and the texts."""
     own, rows = range(len(problems))[ranks.share(len(problems))], []
     if own:  # there may be more ranks than problems
-        noise = uniforms([[4, 0, i, 0] for i in own], args.max_new_tokens) if sampled else None
+        noise = grpo.uniforms([[4, 0, i, 0] for i in own], args.max_new_tokens) if sampled else None
         some = [problems[i] for i in own]
         _, ids, mask, _ = merge(respond(model, chat, some, args, 1, noise, 1.0, label))
         texts, scores = score(chat, ids, mask, some, 1)
@@ -170,12 +164,7 @@ def run(args):
     else:
         state.write_json(out / "config.json", settings)
 
-    folder = find_model(args.model)
-    transformer.read_config(folder)  # the cheap complaints first
-    chat = gsm8k.Chat(folder)
-    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-    if chat.vocab > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model only {model.config.vocab_size}")
+    folder, chat, model = open_model(args)
     print(f"load: {sum(p.numel() for p in model.parameters()):,} frozen parameters, {args.dtype} on {args.device}, {time.time() - began:.1f} s", flush=True)
 
     params = None if args.eval_only and not args.adapter else adapt(model, args)
@@ -279,7 +268,7 @@ def steps(model, chat, params, train_set, args, optimizer, reference, first):
                                     lambda ids, mask, rows: score(chat, ids, mask, rows, 1)[1])
             prompts = mask  # as many
         else:
-            noise = uniforms([[3, args.seed, p, g] for p in picks for g in range(args.group)], args.max_new_tokens)
+            noise = grpo.uniforms([[3, args.seed, p, g] for p in picks for g in range(args.group)], args.max_new_tokens)
             prompts, ids, mask, old_logp = merge(respond(model, chat, problems, args, args.group, noise, args.temperature, f"step {step + 1}"))
             _, scores = score(chat, ids, mask, problems, args.group)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
