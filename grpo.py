@@ -3,7 +3,7 @@ its fork's scripts) in brackets.
 
  1. A step takes some problems [64] and samples a group of G responses to each [4], at temperature T [1.0], from the
     full softmax: no top-k, no top-p. Ids that the tokenizer does not have are cut off, here and in the trainer.
- 2. Each prompt is prefilled once and its cache copied to its group; each row draws its own first token. A response
+ 2. Each prompt is prefilled once and its group reads the one cache; each row draws its own first token. A response
     ends with the first stop token, which counts as part of it: stopping is learned like any other token. The trainer
     computes each prompt once as well.
  3. Randomness is one uniform number per row and token, given by the caller (train.py takes it from numpy's
@@ -89,8 +89,8 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
     hidden = model.hidden(pad(prompts, device), cache, lengths)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)  # (B,)
     hidden = hidden[rows, lengths[rows] - 1]  # (B, C): each row's last real token
-    size = cache.used + max_new_tokens
-    cache = cache.take(rows, size)
+    graphs = model.graphs if which is None else None  # on a GPU, when asked for: graph.py; the rest of the loop is the same
+    cache = cache.share(rows, max_new_tokens) if graphs is None else graphs.share(cache, rows, max_new_tokens)
     B = len(rows)
     rows = torch.arange(B, device=device)  # which rows of the result are still in the batch
     noise = None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device)
@@ -113,8 +113,8 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
             if len(left) == 0:
                 break
             if len(left) < 0.75 * len(rows):
-                rows, token, done, cache = rows[left], token[left], done[left], cache.take(left, size)
-        hidden = model.hidden(token[:, None], cache)[:, 0]
+                rows, token, done, cache = rows[left], token[left], done[left], cache.keep(left)
+        hidden = model.hidden(token[:, None], cache)[:, 0] if graphs is None else graphs.hidden(token)
     T = t + 1
     if not logprobs.isfinite().all():
         raise InputError("the model's log-probs are not finite: v has grown too large (lower --lr), or --temperature is extreme")
@@ -137,7 +137,7 @@ def logprobs(model, prompts, ids, mask, temperature=1.0, vocab=None, recompute=F
     prefix = Prefix(*padded.shape, device)
     hidden = model.hidden(padded, prefix, lengths, recompute)[rows, lengths[rows] - 1][:, None]  # (B, 1, C): what predicts token 0
     if (T := ids.shape[1] - 1) > 0:
-        rest = model.hidden(ids[:, :-1], prefix.take(rows, T), mask.sum(1) - 1, recompute)  # (B, T - 1, C)
+        rest = model.hidden(ids[:, :-1], prefix.share(rows, T), mask.sum(1) - 1, recompute)  # (B, T - 1, C)
         hidden = torch.cat((hidden, rest), 1)  # position t predicts token t
     hidden, target = hidden[mask], ids[mask]  # (N, C), (N,)
 

@@ -48,9 +48,11 @@ def upcast(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions the Hugging Face way: the two HALVES of a head pair up, not neighbouring elements."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary positions the Hugging Face way: the two HALVES (a, b) of a head pair up, not neighbouring elements.
+
+    (a cos - b sin, b cos + a sin); here the first half of `sin` comes with its sign flipped already.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def to_grid(x, B, T, real):
@@ -60,8 +62,8 @@ def to_grid(x, B, T, real):
     return x.view(B, T, *x.shape[1:])
 
 
-def attend(q, k, v, mask):
-    """q (B, H, T, D), k and v (B, KV, S, D), mask (B, 1, T, S) or None for plain causal -> (B, H, T, D)."""
+def attend(q, k, v, mask, prompt=None):
+    """q (B, H, T, D), k and v (B, KV, S, D), mask (B, 1, T, S) or None for plain causal -> (B, H, T, D). prompt: see Cache.share."""
     (B, H, T, D), KV = q.shape, k.shape[1]
     if mask is None:  # whole sequences, S == T: every fused kernel takes this form
         k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
@@ -69,11 +71,39 @@ def attend(q, k, v, mask):
     # With earlier keys: the queries that share a key head become rows of one product, so each key is read once.
     # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
     q = q.reshape(B, KV, H // KV * T, D)
-    if T > 1:
+    if T > 1 and prompt is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // KV, 1)).view(B, H, T, D)
-    scores = q @ k.transpose(2, 3) * D**-0.5  # one token a row: two plain products beat any kernel made for tiles of queries
-    scores = upcast(scores).view(B, H, T, -1).masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype)
-    return (scores.view(B, KV, H // KV, -1) @ v).view(B, H, T, D)
+    scores = q @ k.transpose(2, 3)  # one token a row: plain products beat any kernel made for tiles of queries
+    if prompt is not None:  # the same for the rows of a group: one product with the keys of the prompt that they share
+        prompt_k, prompt_v, group, slots = prompt  # (P, KV, S', D)
+        R = H // KV * T
+
+        def gather(x):  # (B, KV, R, X) -> (P, KV, group * R, X)
+            return to_grid(x, len(prompt_k), group, slots).transpose(1, 2).flatten(2, 3)
+
+        def scatter(x):  # and back
+            x = x.unflatten(2, (group, R)).transpose(1, 2).flatten(0, 1)
+            return x if slots is None else x.index_select(0, slots)
+
+        scores = torch.cat((scatter(gather(q) @ prompt_k.transpose(2, 3)), scores), -1)
+    scores = (upcast(scores) * D**-0.5).view(B, H, T, -1).masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype).view(B, KV, -1, mask.shape[-1])
+    y = scores[..., -k.shape[2]:] @ v
+    if prompt is not None:
+        y = y + scatter(gather(scores[..., :-k.shape[2]]) @ prompt_v)
+    return y.view(B, H, T, D)
+
+
+def linear(x, W, bias=None):
+    """F.linear; few rows and a large weight on a CPU are multiplied the other way round, by a kernel up to 1.5 times faster."""
+    if x.is_cuda or x.dim() > 2 or not 1 < len(x) <= 256 or W.numel() < 2**18:
+        return F.linear(x, W, bias)
+    y = W @ x.T if bias is None else torch.addmm(bias[:, None], W, x.T)  # (d_out, N)
+    return y.T
+
+
+class Linear(nn.Linear):
+    def forward(self, x):  # (N, d_in) -> (N, d_out)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -89,25 +119,25 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.layer, self.head_dim, bias = layer, c.head_dim, c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, rope, grid, mask, cache):  # x (N, C)
-        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, head_dim)
+        q, k, v = (proj(x).contiguous().view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, head_dim)
         q, k, v = (to_grid(t, *grid).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, head_dim)
-        k, v = (k, v) if cache is None else cache.append(self.layer, k, v)
-        y = attend(q, k, v, mask).transpose(1, 2).flatten(0, 1).flatten(1)  # (B * T, heads * head_dim)
+        k, v, prompt = (k, v, None) if cache is None else cache.append(self.layer, k, v)
+        y = attend(q, k, v, mask, prompt).transpose(1, 2).flatten(0, 1).flatten(1)  # (B * T, heads * head_dim)
         return self.o_proj(y if grid[2] is None else y.index_select(0, grid[2]))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -130,71 +160,118 @@ class Block(nn.Module):
 # every column a position; columns that hold padding have the position NEVER, which no query may see. A group of responses to
 # one prompt computes that prompt once, in sampling and in training alike.
 
-class Cache:
-    """Keys and values of every layer in tensors of a fixed size, written in place: for sampling, outside autograd."""
+class Columns:
+    """What both know of their rows and columns."""
 
-    def __init__(self, model, batch, size):
-        c, like = model.config, model.embed_tokens.weight
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # a column is written before it is read
-        self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens in each row
+    def __init__(self, batch, size, device):
+        self.position = torch.full((batch, size), NEVER, device=device)  # (B, size)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # real tokens in each row
         self.which = None  # (B,): the adapter of each row, where they differ (tinylora.many)
         self.used = 0  # columns written, the same for all rows; a plain int, so that slicing needs no host sync
 
-    def append(self, layer, k, v):
-        """Store k, v (B, KV, T, D) in the next T columns; returns all columns so far, (B, KV, used + T, D)."""
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def feed(self, T, lengths):
+        """Makes room for T more tokens a row, of which `lengths` (B,) are real (None: all). Returns their positions (B, T), whether they are real
+        (B, T), and the mask (B, 1, T, S) of the columns that they may see (None: causal attention says it all)."""
+        steps = torch.arange(T, device=self.lengths.device)
+        real = steps < (T if lengths is None else lengths[:, None])  # (B, T) or (T,)
+        start, self.used = self.used, self.used + T
+        positions = steps + self.lengths[:, None]
+        self.position[:, start:self.used] = torch.where(real, positions, NEVER)
+        self.lengths = self.lengths + (T if lengths is None else lengths)
+        mask = (self.position[:, None, :self.used] <= positions[:, :, None])[:, None] if start else None
+        return positions, real, mask
 
-    def take(self, rows, size):
-        """A copy of the given rows, (B',) of indices, repeats allowed, with `size` columns in all."""
-        new, (layers, _, heads, _, head_dim) = copy(self), self.k.shape
-        new.k, new.v = (self.k.new_empty(layers, len(rows), heads, size, head_dim) for _ in range(2))
-        for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
-            new.k[layer, :, :, :self.used] = self.k[layer, rows, :, :self.used]
-            new.v[layer, :, :, :self.used] = self.v[layer, rows, :, :self.used]
-        new.position = F.pad(self.position[rows, :self.used], (0, size - self.used), value=NEVER)
+    def child(self, rows, size):
+        """A copy that goes on with the given rows, (B',) of indices, repeats allowed, and room for `size` more columns."""
+        new = copy(self)
+        new.position = F.pad(self.position[rows, :self.used], (0, size), value=NEVER)
         new.lengths, new.which = self.lengths[rows], None if self.which is None else self.which[rows]
         return new
 
 
-class Prefix:
-    """The prompts' keys and values as part of the autograd graph: one pass fills it, a second one, over `take(rows)`, reads it."""
+class Cache(Columns):
+    """Keys and values of every layer in tensors of a fixed size, written in place: for sampling, outside autograd."""
+
+    def __init__(self, model, batch, size):
+        like = model.embed_tokens.weight
+        super().__init__(batch, size, like.device)
+        c = model.config
+        self.allocate(like, c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
+        self.prompt, self.start = None, 0  # another Cache, whose columns come before ours; see share
+
+    def allocate(self, like, *shape):
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # a column is written before it is read
+
+    def append(self, layer, k, v):
+        """Store k, v (B, KV, T, D) in the columns just fed; returns all own columns so far, (B, KV, S, D), and what attend needs of the prompts."""
+        end = self.used - self.start
+        self.k[layer, :, :, end - k.shape[2]:end], self.v[layer, :, :, end - k.shape[2]:end] = k, v
+        prompt = None if self.prompt is None else (self.prompt.k[layer, :, :, :self.start], self.prompt.v[layer, :, :, :self.start], self.group, self.slots)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end], prompt
+
+    def share(self, rows, size):
+        """To go on with, `size` tokens at most: row i continues row rows[i] (B,), sorted. Nothing is copied: the rows of a group read one prompt."""
+        layers, _, heads, _, head_dim = self.k.shape
+        new = self.child(rows, size)
+        new.allocate(self.k, layers, len(rows), heads, size, head_dim)
+        new.prompt, new.start = self, self.used
+        new.number(rows)
+        return new
+
+    def number(self, rows):
+        """Rows find their prompt's products in a grid (prompts, largest group): the slot of each, None if the grid is full."""
+        counts = rows.bincount(minlength=self.prompt.k.shape[1])
+        self.rows, self.group = rows, int(counts.max())
+        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows] + rows * self.group
+        self.slots = None if len(rows) == len(counts) * self.group else slots
+
+    def keep(self, rows):
+        """A copy with some of the rows of a shared one."""
+        new, (layers, _, heads, size, head_dim), used = self.child(rows, self.position.shape[1] - self.used), self.k.shape, self.used - self.start
+        new.allocate(self.k, layers, len(rows), heads, size, head_dim)
+        for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
+            new.k[layer, :, :, :used] = self.k[layer, rows, :, :used]
+            new.v[layer, :, :, :used] = self.v[layer, rows, :, :used]
+        left, numbers = self.rows[rows].unique(return_inverse=True)
+        if len(left) < self.prompt.k.shape[1]:
+            new.prompt = copy(self.prompt)
+            new.prompt.k, new.prompt.v = self.prompt.k[:, left], self.prompt.v[:, left]
+        new.number(numbers)
+        return new
+
+
+class Prefix(Columns):
+    """The prompts' keys and values as part of the autograd graph: one pass fills it, a second one, over `share(rows)`, reads it."""
 
     def __init__(self, batch, size, device):
-        self.kv, self.rows, self.which = {}, None, None
-        self.position = torch.full((batch, size), NEVER, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.used = 0
+        super().__init__(batch, size, device)
+        self.kv, self.rows = {}, None
 
     def append(self, layer, k, v):
         """First pass: keep k, v (P, KV, T, D). Second: the prompts' columns of each row, then its own. Nothing is kept that a
         checkpoint's second run would spoil."""
         if self.rows is None:
             self.kv[layer] = k, v
-            return k, v
-        return tuple(torch.cat((prompt[self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v)))
+            return k, v, None
+        return *(torch.cat((prompt[self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v))), None
 
-    def take(self, rows, size):
+    def share(self, rows, size):
         """To go on with, for responses of `size` tokens: response i continues prompt rows[i]."""
-        new = copy(self)
-        new.rows, new.lengths = rows, self.lengths[rows]
-        new.position = F.pad(self.position[rows], (0, size), value=NEVER)
+        new = self.child(rows, size)
+        new.rows = rows
         return new
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.graphs = config, None  # graphs: see graph.py
         # from_pretrained(empty): nn.Embedding's own initialiser, run on the meta device, imports sympy for seconds
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_freqs", rope_frequencies(config), persistent=False)
 
     def hidden(self, ids, cache=None, lengths=None, recompute=False):
@@ -206,30 +283,25 @@ class Transformer(nn.Module):
         (B, T), mask, places = ids.shape, None, None
         positions = torch.arange(T, device=ids.device).expand(B, T)
         if cache is not None:
-            end, fed = cache.used + T, T if lengths is None else lengths[:, None]
-            real, positions = positions < fed, positions + cache.lengths[:, None]
-            cache.position[:, cache.used:end] = torch.where(real, positions, NEVER)
-            if cache.used:  # into an empty cache, causal attention says it all
-                mask = (cache.position[:, None, :end] <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+            positions, real, mask = cache.feed(T, lengths)
             if lengths is not None:  # padding exists in attention only: all else sees the real tokens, N of them
                 places = real.flatten().nonzero()[:, 0]
                 ids, positions = ids.flatten()[places], positions.flatten()[places]
             if cache.which is not None:
                 which = cache.which[:, None].expand(B, T).flatten()
                 self.bank.which = which if places is None else which[places]
-        angle = positions.flatten()[:, None, None] * self.rope_freqs.repeat(2)  # (N, 1, head_dim), fp32
+        angle = positions.flatten()[:, None, None] * self.rope_freqs  # (N, 1, head_dim / 2), fp32
         x = self.embed_tokens(ids.flatten())  # (N, C)
-        rope, grid = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), (B, T, places)
+        sin = torch.cat((-angle.sin(), angle.sin()), -1)  # see rotate
+        rope, grid = (angle.cos().repeat(1, 1, 2).to(x.dtype), sin.to(x.dtype)), (B, T, places)
         for block in self.layers:
             x = checkpoint(block, x, rope, grid, mask, cache, use_reentrant=False) if recompute else block(x, rope, grid, mask, cache)
-        if cache is not None:
-            cache.used, cache.lengths = end, cache.lengths + (T if lengths is None else lengths)
         return to_grid(self.norm(x), *grid)
 
     def logits(self, hidden, vocab=None):
         """(..., C) -> (..., vocab): the head, cut to the ids that the tokenizer really has (None: all)."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)[..., :vocab]  # cut after the product: an odd width makes slow GPU kernels
+        return linear(hidden, head.weight).contiguous()[..., :vocab]  # cut after the product: an odd width makes slow GPU kernels
 
     def forward(self, ids, cache=None, lengths=None):
         return self.logits(self.hidden(ids, cache, lengths))

@@ -28,9 +28,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import chat
 import export
+import graph
 import grpo
 import gsm8k
 import lora
@@ -129,15 +132,23 @@ def test_cache_gives_the_numbers_of_one_pass(kw):
     assert cache.lengths.tolist() == done
 
 
-def test_cache_take_copies_rows():
-    """A group's rows continue one prefill without touching each other's keys."""
-    model = tiny()
-    cache = Cache(model, 2, 4)
-    model(torch.tensor([[1, 2, 3], [4, 5, 6]]), cache)
-    copies = cache.take(torch.tensor([0, 0, 1]), 10)
-    got = model(torch.tensor([[7], [8], [9]]), copies)[:, 0]
-    for row, ids in enumerate(([1, 2, 3, 7], [1, 2, 3, 8], [4, 5, 6, 9])):
-        torch.testing.assert_close(got[row], model(torch.tensor([ids]))[0, -1], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_rows_share_their_prompts_keys(kw):
+    """Rows continue one prefill, full groups and ragged ones, in one token and in several, while some leave; no row touches another's keys."""
+    model = tiny(**kw)
+    prompts, rng = [[1, 2, 3], [4], [5, 6], [7, 8, 9]], np.random.RandomState(0)
+    for rows in ([0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 1, 3, 3], [2]):
+        cache = Cache(model, 4, 5)
+        model(grpo.pad(prompts, "cpu"), cache, torch.tensor([len(p) for p in prompts]))
+        cache, texts = cache.share(torch.tensor(rows), 10), [list(prompts[i]) for i in rows]
+        for chunk, keep in ((1, None), (3, [0, 1, 4]), (1, [1, 2]), (2, None), (1, [1])):
+            new = rng.randint(0, 50, (len(texts), chunk)).tolist()
+            texts = [text + more for text, more in zip(texts, new)]
+            got = model(torch.tensor(new), cache)
+            for i, text in enumerate(texts):
+                torch.testing.assert_close(got[i], model(torch.tensor([text]))[0, -chunk:], atol=1e-5, rtol=1e-5)
+            if keep and max(keep) < len(texts):
+                cache, texts = cache.keep(torch.tensor(keep)), [texts[i] for i in keep]
 
 
 @needs_transformers
@@ -539,6 +550,64 @@ def test_a_row_does_not_depend_on_its_batch():
         assert k == int(mask[i].sum()) and torch.equal(ids1[0, :k], ids[i, :k])
         torch.testing.assert_close(logp1[0, :k], logp[i, :k], atol=1e-5, rtol=1e-5)
     assert len({int(t) for t in ids[:4, 0]}) > 1, "the group shares its first token (bug 5)"
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: the same operations on the same memory, with every Python number as it was when they were recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        assert not {"_local_scalar_dense", "nonzero", "_unique2", "bincount"} & {op.__name__.split(".")[0]}, f"{op} waits for the device"
+        self.ops.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for op, args, kwargs, out in self.ops:
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():  # views and in-place results are where they were
+                    old.copy_(new.view_as(old))  # squeeze_ may have changed its shape since
+
+
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_a_captured_step_gives_the_plain_text(kw, monkeypatch):
+    """Same noise: same tokens and log-probs (1e-5) from replayed steps, over several sizes of rows and columns, when rows leave, in later rollouts
+    with other prompts and another v, and when the shape changes; nothing captured depends on a Python number or waits for the device."""
+    captured = []
+
+    def capture(self, size):
+        state = [self.token, self.out, self.cache.k, self.cache.v, self.cache.position, self.cache.lengths, self.cache.column]
+        before = [x.clone() for x in state]
+        self.cache.column.zero_()  # the last column may be written already
+        with Tape() as tape:
+            self.step(*size)
+        for x, old in zip(state, before):  # a real capture records and does not run
+            x.copy_(old)
+        captured.append(size)
+        return tape
+
+    monkeypatch.setattr(graph, "COLUMNS", 8)
+    monkeypatch.setattr(graph.Graphs, "capture", capture)
+    model = tiny(**kw)
+    v = tinylora.adapt(model, 13)
+    graphs, sizes = graph.Graphs(model), []
+    for seed, (P, group, length, greedy) in enumerate([(5, 4, 30, False), (5, 4, 30, False), (5, 4, 30, True), (3, 2, 12, False), (5, 4, 30, False)]):
+        random_v(v, 0.1 * seed)
+        rng = np.random.RandomState(seed)
+        prompts = [list(rng.randint(0, 50, 1 + 3 * i % 7)) for i in range(P)]
+        noise = None if greedy else rng.random_sample((P * group, length))
+        results = []
+        for model.graphs in (None, graphs):
+            results.append(grpo.generate(model, prompts, group, length, (0, 3), 1.0, noise))
+        (ids, mask, logp), (ids2, mask2, logp2) = results
+        assert torch.equal(ids, ids2) and torch.equal(mask, mask2)
+        torch.testing.assert_close(logp, logp2, atol=1e-5, rtol=1e-5)
+        sizes.append(len(captured))
+    assert len({B for B, _ in captured}) > 2 and len({width for _, width in captured}) > 2
+    assert sizes[0] > 3 and sizes[1] - sizes[0] < sizes[0] and sizes[3] > sizes[2]  # kept for the next rollout, made anew for another shape
 
 
 def test_many_adapters_in_one_batch_equal_single_runs():

@@ -124,15 +124,15 @@ class TinyLoRALinear(nn.Module):
         """R (r, r), in v's precision."""
         return (self.v[self.group] @ self.P.flatten(1)).view(self.P.shape[1:])
 
-    def forward(self, x):  # (..., d_in) -> (..., d_out)
+    def forward(self, x):  # (N, d_in) -> (N, d_out)
         y = self.base(x)
-        h = F.linear(x, self.Vt).to(self.P.dtype)  # (..., r); R stays fp32: rounded to bf16, a small step of v would vanish
+        h = F.linear(x, self.Vt).to(self.P.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
         if self.bank is None or self.bank.which is None:
             h = F.linear(h, self.core())
-        else:  # x is (N, d_in), and every token has an R of its own
+        else:  # every token has an R of its own
             R = torch.einsum("au,uij->aij", self.bank.v[:, self.group], self.P)
             h = torch.einsum("nij,nj->ni", R[self.bank.which], h)
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(x.dtype), self.US.T).view_as(y)
+        return y.addmm_(h.to(x.dtype), self.US.T)
 
 
 @contextmanager
