@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -1129,6 +1130,20 @@ def test_model_folder_defaults_and_their_limits(tmp_path, capsys):
         (folder / "tinylora.json").write_text(json.dumps(bad))
         assert train.main(["--model", str(folder)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_fits_two_screens(monkeypatch, capsys):
+    """Two screens of 48 lines, 80 columns, nothing wider; every flag with a text of its own, in its group."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and len(text.splitlines()) <= 96 and max(map(len, text.splitlines())) <= 80
+    blocks = dict(block.split(":\n", 1) for block in text.split("\n\n") if re.match(r"[a-z].*:\n  -", block))
+    assert list(blocks) == ["options", "model and data", "what is trained (tinylora.py, lora.py)", "learning (grpo.py)", "evaluation, memory, output"]
+    shown = re.findall(r"^  --(\S+)[^\n]*?(?:  |\n {24})(?=\S)", "\n".join(blocks.values()), re.M)
+    args = train.parse(["--out", "unused"])
+    assert sorted(shown) == sorted(name.replace("_", "-") for name in vars(args))
 
 
 @pytest.mark.parametrize("flags", [["--params", "0"], ["--params", "1e3"], ["--params", "-1"], ["--group", "1"], ["--steps", "x"], ["--lr", "0"], ["--lr", "nan"],

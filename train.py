@@ -1,13 +1,15 @@
 """Train a frozen model to reason with a handful of numbers.
 
-    python train.py --params 13                                                # the toy, minutes on a laptop
-    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k  # the paper's run, on one GPU
-    python train.py --eval-only --model M --data D [--adapter A]               # evaluate
-    python train.py --chat [--adapter A]                                       # ask it something
-    python train.py --resume DIR                                               # go on with a run that was stopped
-    torchrun --nproc_per_node 8 train.py ...                                   # on several GPUs, or CPUs (ranks.py)
+    python train.py --params 13                   # the toy, minutes on a laptop
+    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k
+                                                  # the paper's, on one GPU
+    python train.py --eval-only --model M --data D [--adapter A]      # evaluate
+    python train.py --chat [--adapter A]                      # ask it something
+    python train.py --resume DIR             # go on with a run that was stopped
+    torchrun --nproc_per_node 8 train.py ... # on many GPUs, or CPUs (ranks.py)
 
-Where a flag is not given, tinylora.json in the model's folder decides, if there is one; else the paper's recipe (flags.py).
+Where a flag is not given, tinylora.json in the model's folder decides, if
+there is one; else what stands in brackets below: the paper's recipe.
 """
 import hashlib
 import json
