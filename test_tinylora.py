@@ -390,6 +390,54 @@ def test_adapter_travels_between_thread_counts(dtype, tmp_path):
     torch.testing.assert_close(logits["1"], logits["2"], atol=bound, rtol=0)
 
 
+OTHER_PYTHON = os.environ.get("TINYLORA_OTHER_PYTHON")
+REBUILD = """
+import sys, torch, model, tinylora, test_tinylora
+from safetensors.torch import save_file
+phase, folder, me, other = sys.argv[1:]
+def modules(m): return [x for x in m.modules() if isinstance(x, tinylora.TinyLoRALinear)]
+for base in ("float32", "bfloat16"):
+    for kept in ("fp32", "bf16"):
+        for maker in (me,) if phase == "save" else (me, other):
+            m, path = model.load(test_tinylora.TOY, getattr(torch, base)), f"{folder}/{maker}-{base}-{kept}.safetensors"
+            if phase == "save":
+                tinylora.save(path, test_tinylora.random_v(tinylora.adapt(m, 13, seed=3), 0.5), m, kept)
+                continue
+            v = tinylora.load(path, m)
+            y = m(torch.arange(40).view(2, 20)).float().detach()
+            save_file({"v": v.detach().clone(), "P": torch.stack([x.P for x in modules(m)]), "US": torch.cat([x.US.flatten() for x in modules(m)]), "logits": y,
+                       "logp": y.log_softmax(-1)}, f"{path}.{me}", {"base": tinylora.read(path)[1]["base"], "torch": torch.__version__})
+"""
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="needs TINYLORA_OTHER_PYTHON, the python of an environment with another torch version")
+def test_adapter_travels_between_torch_versions(tmp_path):
+    """Saved under one torch, rebuilt under another, both ways, fp32 and bf16 base and v: the same fingerprint, v and P to the bit; logits and log-probs to
+    the bounds that other thread counts have (1e-4 in fp32; in bf16 no further than bf16 itself is from fp32)."""
+    for phase in ("save", "load"):
+        for python, me, other in ((sys.executable, "here", "there"), (OTHER_PYTHON, "there", "here")):
+            subprocess.run([python, "-c", REBUILD, phase, str(tmp_path), me, other], check=True, cwd=ROOT)
+
+    def rebuilt(maker, base, kept, by):
+        path = tmp_path / f"{maker}-{base}-{kept}.safetensors.{by}"
+        with safe_open(path, "pt") as file:
+            return load_file(path), file.metadata()
+    seen = set()
+    for maker in ("here", "there"):
+        for kept in ("fp32", "bf16"):
+            exact = rebuilt(maker, "float32", kept, "here")[0]
+            for base in ("float32", "bfloat16"):
+                (a, facts), (b, others) = (rebuilt(maker, base, kept, by) for by in ("here", "there"))
+                assert facts["torch"] != others["torch"]  # or nothing was tested
+                seen |= {facts["base"], others["base"]}
+                assert torch.equal(a["P"], b["P"]) and torch.equal(a["v"], b["v"]) and torch.equal(a["v"], rebuilt("here", base, kept, "here")[0]["v"]) and a["v"].any()
+                torch.testing.assert_close(a["US"], b["US"], atol=1e-4 if base == "float32" else 0.01 * a["US"].abs().max().item(), rtol=0)
+                for name in ("logits", "logp"):
+                    bound = 1e-4 if base == "float32" else (a[name] - exact[name]).abs().max().item()
+                    torch.testing.assert_close(a[name], b[name], atol=bound, rtol=0)
+    assert len(seen) == 1
+
+
 def test_adapter_on_another_base_or_with_other_settings(tmp_path):
     """The error says what differs; a base loaded in bf16 is still the same base; a damaged file is told."""
     model, path = tiny(), tmp_path / "a.safetensors"
