@@ -650,6 +650,15 @@ def test_the_mask_ends_with_one_stop_token():
     assert set(ended) == {0, 3} and (logp[~mask] == 0).all() and (logp[mask] < 0).all()
 
 
+def test_progress_is_told_at_every_look():
+    """Rows counted that are still going on, or only those left in the batch once some were dropped; more looks than one every 4 tokens."""
+    told = []
+    _, ids, mask, _ = rollout(tiny(), length=40, group=30, progress=lambda *x: told.append(x))
+    lengths, ended = mask.sum(1), torch.isin(ids, torch.tensor([0, 3])).logical_and(mask).any(1)
+    assert told == [(t, int((ended & (lengths <= t)).sum())) for t in range(4, 40, 4)][:len(told)] and len({done for _, done in told}) > 4
+    assert len(told) == 9 or told[-1][1] == 90
+
+
 def test_ids_beyond_the_tokenizer_are_never_drawn():
     """Bug 20: the head is cut in sampler and trainer alike, so probabilities sum to 1 over real ids."""
     model = tiny()
@@ -1277,6 +1286,41 @@ def test_plot_draws_seeds_as_one_setting(tmp_path):
 def start(*flags, **kw):
     kw.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job would ignore it
     return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def read_terminal(master):
+    try:
+        return master.read(4096)
+    except OSError:  # how Linux says that nobody writes there any more
+        return b""
+
+
+def test_the_live_line(tmp_path):
+    """A terminal: the line moves within one chunk of rows, with the time left, fits 80 columns, and leaves nothing behind. A pipe: the same rows, no line at all."""
+    import fcntl, pty, struct, termios
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command, env = [sys.executable, "train.py", *TINY_RUN, "--out"], os.environ | {"TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen([*command, str(tmp_path / "1")], stdout=terminal, stderr=terminal, cwd=ROOT, env=env)
+    os.close(terminal)
+    with open(master, "rb", buffering=0) as screen:
+        text = b"".join(iter(lambda: read_terminal(screen), b"")).decode()
+    assert process.wait() == 0
+    for label, rows in (("evaluation, greedy", 8), ("evaluation at T = 1", 8), ("step 1", 16)):  # each of them one chunk
+        frames = re.findall(rf"\r{label}: +(\d+)%\|[^|]*\| \d\d:\d\d<\d\d:\d\d, (\d+)/{rows} rows, token (\d+) of 24", text[:text.index("step   1")])
+        percent, done, tokens = ([int(x) for x in column] for column in zip(*frames))
+        assert set(tokens) >= {4, 8, 12, 16} and percent == sorted(percent) and max(percent) > min(percent) and max(done) <= rows
+    assert max(len(frame) for frame in re.split("[\r\n]", text) if "%|" in frame) <= 80
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part):]  # what a terminal does: it writes over what was there
+        lines.append(shown.rstrip())
+    piped = subprocess.run([*command, str(tmp_path / "2")], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert piped.returncode == 0 and piped.stderr == "" and not re.search("[\r\x1b]|%\\|", piped.stdout)
+    same = lambda lines: [re.sub(r" *[\d.]+", "#", line.rstrip()) for line in lines]  # times differ
+    assert same(lines) == same(piped.stdout.split("\n")) and len(lines) > 10
 
 
 def test_ctrl_c_keeps_the_adapter_and_the_log(tmp_path):

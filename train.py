@@ -45,15 +45,19 @@ SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "len
 def respond(model, chat, problems, args, group, noise, temperature, label, which=None):
     """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk. which: see grpo.generate."""
     prompts, parts = [chat.prompt(p["prompt"], args.system) for p in problems], []
-    per = max(1, args.rollout_rows // group)
-    bar = tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=bool(ranks.RANK) or None)  # None: unless a terminal
-    for i in range(0, len(prompts), per):
-        some = prompts[i:i + per]
-        part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature,
-                             None if noise is None else noise[i * group:(i + per) * group], chat.vocab, None if which is None else which[i:i + per])
-        parts.append(([p for p in some for _ in range(group)], *part))
-        bar.update(len(some))
-    bar.close()
+    per, total = max(1, args.rollout_rows // group), len(prompts) * group
+
+    def live(tokens, done):  # a row that goes on counts as if it went to the limit, so the time left is rather too long than too short
+        bar.set_postfix_str(f"{i * group + done}/{total} rows, token {tokens} of {args.max_new_tokens}", refresh=False)
+        bar.update(i * group + done + (len(some) * group - done) * tokens / args.max_new_tokens - bar.n)
+
+    with tqdm(total=total, desc=label, leave=False, miniters=0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+              disable=bool(ranks.RANK) or None) as bar:  # None: unless a terminal
+        for i in range(0, len(prompts), per):
+            some = prompts[i:i + per]
+            part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature, None if noise is None else noise[i * group:(i + per) * group],
+                                 chat.vocab, None if which is None else which[i:i + per], progress=live)
+            parts.append(([p for p in some for _ in range(group)], *part))
     return parts
 
 
