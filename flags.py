@@ -4,6 +4,7 @@ Where a flag is not given, tinylora.json in the model's folder decides, if there
 of such a file are TinyLoRA's: its learning rate says nothing to the other methods, which have their own below.
 """
 import argparse
+import functools
 import os
 import sys
 import time
@@ -170,6 +171,7 @@ def check(args):
         raise InputError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})") from None
 
 
+@functools.cache  # the flags ask for the folder's tinylora.json, then the model itself: for a name on the hub, one look and not two
 def find_model(name):
     """A folder as it is; owner/name from the hub's cache or, online, the hub: config, tokenizer and safetensors only."""
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
