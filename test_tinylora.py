@@ -6,6 +6,7 @@ changed in place  10 1/|o| bias, empty masks  11 groups of equal rewards, groups
 in bf16  14 bf16 trainables  15 merge drift  16 zero gradient  17 is_causal with a cache  18 grouped queries and masks  19 padding
 without positions  20 ids beyond the tokenizer  21 Qwen's details  22 zero-probability tokens  23 answers  24 evaluation noise
 """
+import errno
 import functools
 import http.server
 import importlib.util
@@ -1348,6 +1349,29 @@ def test_full_disk_ends_in_one_line(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(rows) > 5 and not list((tmp_path / "run").glob("*.tmp*"))
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """A traceback; or, on a read-only disk, where even removing what is not there fails, the clearing up told in place of the cause.
+    EROFS by stand-ins: the tests may run as root, whom permissions do not bind."""
+    def refuse(path, *args, **kw):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    file, there, new = tmp_path / "file", tmp_path / "there", tmp_path / "new"
+    file.write_text("x")
+    there.mkdir()
+    begun = "there/config.json: cannot be written ([Errno 30] Read-only"
+    for out, refused, words in ((file / "run", (), "run: cannot be made a folder (Not a dir"), (file, (), "file: cannot be made a folder (File exists"),
+                                (new, ("mkdir",), "new: cannot be made a folder (Read-only"), (there, ("write_text", "unlink"), begun)):
+        with monkeypatch.context() as patch:
+            for name in refused:
+                patch.setattr(Path, name, refuse)
+            assert train.main(["--eval-only", "--eval-count", "1", "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1 and words in message, message
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="log.jsonl: cannot be written .*Read-only.*--resume"):  # by now it is
+        patch.setattr("builtins.open", refuse)
+        train.state.append(there / "log.jsonl", [{}])
+    assert sorted(tmp_path.rglob("*")) == [file, there]
 
 
 @pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "es.py", "files.py", "template.py", "chat.py", "state.py", "ranks.py"])

@@ -33,7 +33,7 @@ import ranks
 import state
 import tinylora
 from chat import converse, open_model
-from files import InputError
+from files import InputError, make_folder
 from flags import parse
 
 
@@ -162,7 +162,7 @@ def run(args):
     args.steps = max(1, 3 * len(train_set) // args.prompts) if args.steps is None else args.steps
     settings = {name: x for name, x in vars(args).items() if name != "resume"}
     print("settings: " + "  ".join(f"{name}={x}" for name, x in settings.items() if x is not None), flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "ranks": ranks.SIZE,
                  "problems": hashlib.sha256(json.dumps([train_set, test_set]).encode()).hexdigest()}
     if args.resume:
