@@ -7,7 +7,7 @@ followed, because the hub's cache is made of them; a name inside a file, though,
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,13 @@ class InputError(Exception):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file of that name or in its place, no permission, a read-only disk
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror}); choose another") from None
+
+
 @contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`; renamed over it when the block ends well, removed when it does not.
@@ -40,7 +47,8 @@ def replacing(path):
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not there; or the disk is read-only, and the error above says so
+            temporary.unlink()
 
 
 def read_text(path, largest=LARGEST):

@@ -4,6 +4,7 @@ Where a flag is not given, tinylora.json in the model's folder decides, if there
 of such a file are TinyLoRA's: its learning rate says nothing to the other methods, which have their own below.
 """
 import argparse
+import functools
 import os
 import sys
 import time
@@ -43,54 +44,52 @@ count, whole, fraction, positive = within(int, 1), within(int, 0), within(float,
 
 def parse(argv, description=""):
     """The flags, every one resolved: command line, then the model folder's tinylora.json, then the defaults below."""
-    cli = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    cli = Parser(description=description, usage="python train.py [FLAG [VALUE]] ...", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = cli.add_argument_group("model and data").add_argument
-    add("--model", default=os.path.relpath(TOY), metavar="M", help="a folder in Hugging Face layout, or a name on the hub (default: toy/)")
-    add("--data", default="gsm8k", metavar="D", help="gsm8k, or a folder with train.jsonl and test.jsonl, or with --eval-only one .jsonl file")
-    add("--system", default=None, metavar="TEXT", help="a system message for every prompt (default: the template's own)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (default: cuda if there; under torchrun each rank has its own)")
-    add("--dtype", default=None, choices=["fp32", "bf16"], help="of the frozen model (default: bf16 on cuda, fp32 on cpu)")
+    add("--model", default=os.path.relpath(TOY), metavar="M", help="folder in Hugging Face layout, or a hub name (toy/)")
+    add("--data", default="gsm8k", metavar="D", help="gsm8k, or a folder with train.jsonl and test.jsonl, or with --eval-only one .jsonl file (gsm8k)")
+    add("--system", default=None, metavar="TEXT", help="system message of every prompt (the template's own)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="X", help="cpu, cuda or cuda:1 (cuda if there; under torchrun each rank has its own)")
+    add("--dtype", default=None, choices=["fp32", "bf16"], help="of the frozen model (bf16 on cuda, fp32 on cpu)")
     add = cli.add_argument_group("what is trained (tinylora.py, lora.py)").add_argument
-    add("--method", default=None, choices=list(LR), help="tinylora; or what the paper compares it with (default: tinylora)")
-    add("--params", type=count, default=None, metavar="N", help="how many numbers to train, exactly (default: 13)")
-    add("--u", type=count, default=None, help="numbers per group (default: 1 unless N exceeds the modules)")
-    add("--n-tie", type=count, default=None, help="modules (tiled) or layers (structured) per group")
-    add("--tie", default=None, choices=["tiled", "structured"], help="which modules share (default: tiled)")
-    add("--rank", type=count, default=None, metavar="R", help="of the SVD directions (default: 2), or of LoRA (default: 1)")
-    add("--alpha", type=positive, default=None, help="LoRA's scale is alpha / rank (default: 32)")
-    add("--v-dtype", default="fp32", choices=list(tinylora.DTYPES), help="in which the trained numbers are kept and saved (default: fp32)")
-    add("--seed", type=within(int, 0, 2**32 - 1), default=0, help="of P (unless --adapter brings its own), the problems' order and the sampling (default: 0)")
+    add("--method", default=None, choices=list(LR), help="tinylora, or what the paper compares it with (tinylora)")
+    add("--params", type=count, default=None, metavar="N", help="how many numbers to train, exactly (13)")
+    add("--u", type=count, default=None, metavar="N", help="numbers per group (1 unless --params > modules)")
+    add("--n-tie", type=count, default=None, metavar="N", help="modules (tiled) or layers (structured) per group")
+    add("--tie", default=None, choices=["tiled", "structured"], help="which modules share (tiled)")
+    add("--rank", type=count, default=None, metavar="R", help="of the SVD directions (2), or of LoRA (1)")
+    add("--alpha", type=positive, default=None, metavar="X", help="LoRA's scale is alpha / rank (32)")
+    add("--v-dtype", default="fp32", choices=list(tinylora.DTYPES), help="of the trained numbers, kept and saved (fp32)")
+    add("--seed", type=within(int, 0, 2**32 - 1), default=0, metavar="N", help="of P (an --adapter brings its own), the problems' order and the sampling (0)")
     add("--adapter", default=None, metavar="A", help="evaluate, or start from, this adapter.safetensors or LoRA folder")
     add = cli.add_argument_group("learning (grpo.py)").add_argument
-    add("--algo", default="grpo", choices=["grpo", "es", "sft"], help="by gradients of rewards, by search without gradients (es.py), or on "
-        "the data's own worked solutions (grpo)")
-    add("--sigma", type=positive, default=0.2, help="es: how far from v it looks (0.2)")
-    add("--steps", type=whole, default=None, help="training steps (default: 3 epochs of the training set)")
+    add("--algo", default="grpo", choices=["grpo", "es", "sft"], help="by gradients of rewards; by search without gradients (es.py); on the data's own worked solutions (grpo)")
+    add("--sigma", type=positive, default=0.2, metavar="X", help="es: how far from v it looks (0.2)")
+    add("--steps", type=whole, default=None, metavar="N", help="training steps (3 epochs of the training set)")
     add("--prompts", type=count, default=64, metavar="P", help="problems a step (64)")
     add("--group", type=count, default=4, metavar="G", help="responses to each problem (4)")
     add("--minibatches", type=count, default=2, metavar="K", help="Adam updates a step (2)")
-    add("--lr", type=positive, default=None, help="learning rate (" + ", ".join(f"{k} {x:g}" for k, x in LR.items()) + ")")
-    add("--warmup", type=fraction, default=0.05, help="share of the updates with a rising rate, then constant (0.05)")
+    add("--lr", type=positive, default=None, metavar="X", help="learning rate (" + ", ".join(f"{k} {x:g}" for k, x in LR.items()) + ")")
+    add("--warmup", type=fraction, default=0.05, metavar="X", help="share of updates with rising lr, then constant (0.05)")
     add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling, in sampler and trainer alike (1.0)")
-    add("--max-new-tokens", type=count, default=1024, metavar="N", help="longest response (1024; the paper's longest runs: 4096)")
-    add("--clip-low", type=fraction, default=0.2, help="the ratio's clip below 1 (0.2)")
-    add("--clip-high", type=positive, default=0.4, help="the ratio's clip above 1 (0.4)")
-    add("--kl", type=within(float, 0, 1e9), default=0.0, help="weight of the KL to the base (0; the MATH recipe: 0.001)")
-    add("--grad-clip", type=positive, default=1.0, help="largest gradient norm (1.0)")
+    add("--max-new-tokens", type=count, default=1024, metavar="N", help="longest response (1024; in the paper up to 4096)")
+    add("--clip-low", type=fraction, default=0.2, metavar="X", help="the ratio's clip below 1 (0.2)")
+    add("--clip-high", type=positive, default=0.4, metavar="X", help="the ratio's clip above 1 (0.4)")
+    add("--kl", type=within(float, 0, 1e9), default=0.0, metavar="X", help="weight of the KL to the base (0; for MATH: 0.001)")
+    add("--grad-clip", type=positive, default=1.0, metavar="X", help="largest gradient norm (1.0)")
     add("--reward", default="strict", choices=["strict", "lenient", "format"], help='pays for "#### 7" only, for the last number too, or for any "#### <number>" (strict)')
     add = cli.add_argument_group("evaluation, memory, output").add_argument
-    add("--eval-count", type=count, default=None, metavar="N", help="test problems, the first N (default: all)")
+    add("--eval-count", type=count, default=None, metavar="N", help="test problems, the first N (all)")
     add("--eval-every", type=whole, default=0, metavar="K", help="also evaluate greedily every K steps (0: never)")
     add("--eval-only", action="store_true", help="evaluate and stop")
     add("--chat", action="store_true", help="answer questions typed in, base and --adapter side by side")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
-    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="tokens per forward and backward (2048 on a CPU; "
-        "on cuda 65536, halved when memory runs out, until it fits)")
-    add("--recompute", action="store_true", help="activation checkpointing: less memory, a third more time")
-    add("--out", default=None, metavar="DIR", help="where the run is written (default: runs/<time>)")
-    add("--wandb", default=None, metavar="PROJECT", help="also send the log to Weights & Biases (off; needs wandb)")
+    add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="per forward and backward (2048 on a CPU; 65536 on cuda, halved when memory runs out, until it fits)")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
+    add("--out", default=None, metavar="DIR", help="where the run is written (runs/<time>)")
+    add("--wandb", default=None, metavar="PROJECT", help="also log to Weights & Biases (off; needs wandb)")
     add("--tensorboard", action="store_true", help="also write the log for TensorBoard, to --out (off; needs tensorboard)")
-    add("--save-every", type=count, default=None, metavar="K", help="keep the state that --resume needs every K steps (1; 20 for --method full: 12 bytes a weight)")
+    add("--save-every", type=count, default=None, metavar="K", help="keep the state for --resume every K steps (1; 20 for --method full: 12 bytes a weight)")
     add("--resume", default=None, metavar="DIR", help="go on with the run in DIR, with its own settings; only --device may be given beside it")
     args = cli.parse_args(argv)
     if args.resume:
@@ -172,6 +171,7 @@ def check(args):
         raise InputError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})") from None
 
 
+@functools.cache  # the flags ask for the folder's tinylora.json, then the model itself: for a name on the hub, one look and not two
 def find_model(name):
     """A folder as it is; owner/name from the hub's cache or, online, the hub: config, tokenizer and safetensors only."""
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -73,14 +73,15 @@ def draw(logp, uniform):
 
 
 @torch.no_grad()
-def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, which=None, check_every=4):
+def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, noise=None, vocab=None, which=None, check_every=4, progress=None):
     """Sample `group` responses to each of P prompts (lists of ids); row p * group + g is sample g of prompt p.
 
     noise (P * group, >= max_new_tokens): uniform numbers in [0, 1), numpy or tensor; None decodes greedily. which (P,): each
     prompt's adapter, inside tinylora.many.
     Returns ids (B, T), mask (B, T) bool, true up to and including one stop token, and logprobs (B, T) fp32 of
     the drawn ids at this temperature, 0 where masked. The host looks at the device only every `check_every`
-    tokens: it stops when all rows are done, and drops finished rows from the batch when they are many.
+    tokens: it stops when all rows are done, drops finished rows from the batch when they are many, and calls progress(tokens
+    so far, rows done), if given.
     """
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -110,6 +111,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
             break
         if t % check_every == check_every - 1:
             left = (~done).nonzero()[:, 0]  # the only host sync
+            progress and progress(t + 1, B - len(left))
             if len(left) == 0:
                 break
             if len(left) < 0.75 * len(rows):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import InputError, read_json, replacing
+from files import InputError, make_folder, read_json, replacing
 from tinylora import DTYPES, TARGETS, fingerprint
 
 PREFIX = "base_model.model.model."  # PEFT's, before a name of ours
@@ -118,13 +118,6 @@ def full(model):
     """Every weight is trained; returns them. The tied head is the embedding, once."""
     model.adapter = {"method": "full", "base": fingerprint(model)}
     return list(model.requires_grad_(True).parameters())
-
-
-def make_folder(folder):
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error})") from None
 
 
 def save_model(folder, state, source, dtype):

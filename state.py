@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,8 @@ def append(path, rows):
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
-        os.truncate(path, size)
+        with suppress(OSError):  # it may not be there, or the disk is read-only by now: what counts is the error above
+            os.truncate(path, size)
         raise InputError(f"{path}: cannot be written ({error}); free some space, then go on with --resume, or choose another --out") from None
 
 

@@ -112,11 +112,12 @@ def check_cache(tmp_path, hub, names):
 
 
 def test_download_is_resumed_then_works_offline(hub, tmp_path):
-    """Other weights or a subfolder's config fetched; a cut connection that starts over or fails; a cache outside HF_HOME or deaf to HF_HUB_OFFLINE."""
+    """Other weights or a subfolder's config fetched; the hub asked twice in one run; a cut connection that starts over or fails; a cache outside HF_HOME or deaf to HF_HUB_OFFLINE."""
     hub.events = ["cut"]
     works(start(tmp_path, hub.url))
     assert sorted(hub.fetched(), key=str) == sorted([*((f, None) for f in WANTED), ("model.safetensors", "bytes=10485760-")], key=str)
     assert not [p for _, p, _ in hub.seen for decoy in DECOYS if p.endswith("/" + decoy)]  # not so much as a HEAD
+    assert [p for _, p, _ in hub.seen].count(f"/api/models/{NAME}/revision/main") == 1
     check_cache(tmp_path, hub, WANTED)
     hub.seen.clear()
     works(start(tmp_path, hub.url, offline=1))

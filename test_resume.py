@@ -256,7 +256,7 @@ def test_resume_asked_for_wrongly(stopped, tmp_path, capsys, monkeypatch):
 
 def test_a_full_disk_keeps_the_last_good_state(stopped, undisturbed, monkeypatch, capsys):
     """The state written over the only good one; the disk fills between two states."""
-    save_file = state.save_file
+    kept = {name: (stopped / name).read_bytes() for name in state.FILES}
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"as much as there was room for")
@@ -266,6 +266,7 @@ def test_a_full_disk_keeps_the_last_good_state(stopped, undisturbed, monkeypatch
         assert train.main(["--resume", str(stopped)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "No space left" in message
+    assert {name: (stopped / name).read_bytes() for name in state.FILES} == kept and not list(stopped.glob("*.tmp*"))
     assert train.main(["--resume", str(stopped)]) == 0
     assert "after step 3" in capsys.readouterr().out
     same(stopped, undisturbed)

@@ -6,12 +6,14 @@ changed in place  10 1/|o| bias, empty masks  11 groups of equal rewards, groups
 in bf16  14 bf16 trainables  15 merge drift  16 zero gradient  17 is_causal with a cache  18 grouped queries and masks  19 padding
 without positions  20 ids beyond the tokenizer  21 Qwen's details  22 zero-probability tokens  23 answers  24 evaluation noise
 """
+import errno
 import functools
 import http.server
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -400,6 +402,54 @@ def test_adapter_travels_between_thread_counts(dtype, tmp_path):
     torch.testing.assert_close(logits["1"], logits["2"], atol=bound, rtol=0)
 
 
+OTHER_PYTHON = os.environ.get("TINYLORA_OTHER_PYTHON")
+REBUILD = """
+import sys, torch, model, tinylora, test_tinylora
+from safetensors.torch import save_file
+phase, folder, me, other = sys.argv[1:]
+def modules(m): return [x for x in m.modules() if isinstance(x, tinylora.TinyLoRALinear)]
+for base in ("float32", "bfloat16"):
+    for kept in ("fp32", "bf16"):
+        for maker in (me,) if phase == "save" else (me, other):
+            m, path = model.load(test_tinylora.TOY, getattr(torch, base)), f"{folder}/{maker}-{base}-{kept}.safetensors"
+            if phase == "save":
+                tinylora.save(path, test_tinylora.random_v(tinylora.adapt(m, 13, seed=3), 0.5), m, kept)
+                continue
+            v = tinylora.load(path, m)
+            y = m(torch.arange(40).view(2, 20)).float().detach()
+            save_file({"v": v.detach().clone(), "P": torch.stack([x.P for x in modules(m)]), "US": torch.cat([x.US.flatten() for x in modules(m)]), "logits": y,
+                       "logp": y.log_softmax(-1)}, f"{path}.{me}", {"base": tinylora.read(path)[1]["base"], "torch": torch.__version__})
+"""
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="needs TINYLORA_OTHER_PYTHON, the python of an environment with another torch version")
+def test_adapter_travels_between_torch_versions(tmp_path):
+    """Saved under one torch, rebuilt under another, both ways, fp32 and bf16 base and v: the same fingerprint, v and P to the bit; logits and log-probs to
+    the bounds that other thread counts have (1e-4 in fp32; in bf16 no further than bf16 itself is from fp32)."""
+    for phase in ("save", "load"):
+        for python, me, other in ((sys.executable, "here", "there"), (OTHER_PYTHON, "there", "here")):
+            subprocess.run([python, "-c", REBUILD, phase, str(tmp_path), me, other], check=True, cwd=ROOT)
+
+    def rebuilt(maker, base, kept, by):
+        path = tmp_path / f"{maker}-{base}-{kept}.safetensors.{by}"
+        with safe_open(path, "pt") as file:
+            return load_file(path), file.metadata()
+    seen = set()
+    for maker in ("here", "there"):
+        for kept in ("fp32", "bf16"):
+            exact = rebuilt(maker, "float32", kept, "here")[0]
+            for base in ("float32", "bfloat16"):
+                (a, facts), (b, others) = (rebuilt(maker, base, kept, by) for by in ("here", "there"))
+                assert facts["torch"] != others["torch"]  # or nothing was tested
+                seen |= {facts["base"], others["base"]}
+                assert torch.equal(a["P"], b["P"]) and torch.equal(a["v"], b["v"]) and torch.equal(a["v"], rebuilt("here", base, kept, "here")[0]["v"]) and a["v"].any()
+                torch.testing.assert_close(a["US"], b["US"], atol=1e-4 if base == "float32" else 0.01 * a["US"].abs().max().item(), rtol=0)
+                for name in ("logits", "logp"):
+                    bound = 1e-4 if base == "float32" else (a[name] - exact[name]).abs().max().item()
+                    torch.testing.assert_close(a[name], b[name], atol=bound, rtol=0)
+    assert len(seen) == 1
+
+
 def test_adapter_on_another_base_or_with_other_settings(tmp_path):
     """The error says what differs; a base loaded in bf16 is still the same base; a damaged file is told."""
     model, path = tiny(), tmp_path / "a.safetensors"
@@ -668,6 +718,15 @@ def test_the_mask_ends_with_one_stop_token():
         if n < ids.shape[1]:
             ended[int(row[n - 1])] = True
     assert set(ended) == {0, 3} and (logp[~mask] == 0).all() and (logp[mask] < 0).all()
+
+
+def test_progress_is_told_at_every_look():
+    """Rows counted that are still going on, or only those left in the batch once some were dropped; more looks than one every 4 tokens."""
+    told = []
+    _, ids, mask, _ = rollout(tiny(), length=40, group=30, progress=lambda *x: told.append(x))
+    lengths, ended = mask.sum(1), torch.isin(ids, torch.tensor([0, 3])).logical_and(mask).any(1)
+    assert told == [(t, int((ended & (lengths <= t)).sum())) for t in range(4, 40, 4)][:len(told)] and len({done for _, done in told}) > 4
+    assert len(told) == 9 or told[-1][1] == 90
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn():
@@ -1200,6 +1259,20 @@ def test_model_folder_defaults_and_their_limits(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_help_fits_two_screens(monkeypatch, capsys):
+    """Two screens of 48 lines, 80 columns, nothing wider; every flag with a text of its own, in its group."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and len(text.splitlines()) <= 96 and max(map(len, text.splitlines())) <= 80
+    blocks = dict(block.split(":\n", 1) for block in text.split("\n\n") if re.match(r"[a-z].*:\n  -", block))
+    assert list(blocks) == ["options", "model and data", "what is trained (tinylora.py, lora.py)", "learning (grpo.py)", "evaluation, memory, output"]
+    shown = re.findall(r"^  --(\S+)[^\n]*?(?:  |\n {24})(?=\S)", "\n".join(blocks.values()), re.M)
+    args = train.parse(["--out", "unused"])
+    assert sorted(shown) == sorted(name.replace("_", "-") for name in vars(args))
+
+
 @pytest.mark.parametrize("flags", [["--params", "0"], ["--params", "1e3"], ["--params", "-1"], ["--group", "1"], ["--steps", "x"], ["--lr", "0"], ["--lr", "nan"],
                                    ["--temperature", "0"], ["--tie", "structured"], ["--params", "13", "--u", "2"], ["--rank", "999"], ["--seed", "-1"], ["--seed", "4294967296"], ["--u", "3"], ["--device", "mps"],
                                    ["--prompts", "5", "--minibatches", "2"], ["--adapter", "nowhere.safetensors"], ["--data", "nowhere"], ["--nonsense"],
@@ -1285,6 +1358,41 @@ def start(*flags, **kw):
     return subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
+def read_terminal(master):
+    try:
+        return master.read(4096)
+    except OSError:  # how Linux says that nobody writes there any more
+        return b""
+
+
+def test_the_live_line(tmp_path):
+    """A terminal: the line moves within one chunk of rows, with the time left, fits 80 columns, and leaves nothing behind. A pipe: the same rows, no line at all."""
+    import fcntl, pty, struct, termios
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command, env = [sys.executable, "train.py", *TINY_RUN, "--out"], os.environ | {"TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen([*command, str(tmp_path / "1")], stdout=terminal, stderr=terminal, cwd=ROOT, env=env)
+    os.close(terminal)
+    with open(master, "rb", buffering=0) as screen:
+        text = b"".join(iter(lambda: read_terminal(screen), b"")).decode()
+    assert process.wait() == 0
+    for label, rows in (("evaluation, greedy", 8), ("evaluation at T = 1", 8), ("step 1", 16)):  # each of them one chunk
+        frames = re.findall(rf"\r{label}: +(\d+)%\|[^|]*\| \d\d:\d\d<\d\d:\d\d, (\d+)/{rows} rows, token (\d+) of 24", text[:text.index("step   1")])
+        percent, done, tokens = ([int(x) for x in column] for column in zip(*frames))
+        assert set(tokens) >= {4, 8, 12, 16} and percent == sorted(percent) and max(percent) > min(percent) and max(done) <= rows
+    assert max(len(frame) for frame in re.split("[\r\n]", text) if "%|" in frame) <= 80
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part):]  # what a terminal does: it writes over what was there
+        lines.append(shown.rstrip())
+    piped = subprocess.run([*command, str(tmp_path / "2")], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert piped.returncode == 0 and piped.stderr == "" and not re.search("[\r\x1b]|%\\|", piped.stdout)
+    same = lambda lines: [re.sub(r" *[\d.]+", "#", line.rstrip()) for line in lines]  # times differ
+    assert same(lines) == same(piped.stdout.split("\n")) and len(lines) > 10
+
+
 def test_ctrl_c_keeps_the_adapter_and_the_log(tmp_path):
     """Interrupted in the middle of training: exit 130, no traceback, adapter and log so far are there."""
     process = start("--steps", "1000", "--prompts", "4", "--group", "4", "--eval-count", "2", "--lr", "0.05", "--out", str(tmp_path / "run"))
@@ -1310,6 +1418,29 @@ def test_full_disk_ends_in_one_line(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(rows) > 5 and not list((tmp_path / "run").glob("*.tmp*"))
     assert tinylora.read(tmp_path / "run" / "adapter.safetensors")[0].numel() == 13
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """A traceback; or, on a read-only disk, where even removing what is not there fails, the clearing up told in place of the cause.
+    EROFS by stand-ins: the tests may run as root, whom permissions do not bind."""
+    def refuse(path, *args, **kw):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    file, there, new = tmp_path / "file", tmp_path / "there", tmp_path / "new"
+    file.write_text("x")
+    there.mkdir()
+    begun = "there/config.json: cannot be written ([Errno 30] Read-only"
+    for out, refused, words in ((file / "run", (), "run: cannot be made a folder (Not a dir"), (file, (), "file: cannot be made a folder (File exists"),
+                                (new, ("mkdir",), "new: cannot be made a folder (Read-only"), (there, ("write_text", "unlink"), begun)):
+        with monkeypatch.context() as patch:
+            for name in refused:
+                patch.setattr(Path, name, refuse)
+            assert train.main(["--eval-only", "--eval-count", "1", "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1 and words in message, message
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="log.jsonl: cannot be written .*Read-only.*--resume"):  # by now it is
+        patch.setattr("builtins.open", refuse)
+        train.state.append(there / "log.jsonl", [{}])
+    assert sorted(tmp_path.rglob("*")) == [file, there]
 
 
 @pytest.mark.parametrize("name", ["model.py", "tinylora.py", "grpo.py", "gsm8k.py", "train.py", "flags.py", "lora.py", "export.py", "boxed.py", "es.py", "files.py", "template.py", "chat.py", "state.py", "ranks.py"])

@@ -1,13 +1,15 @@
 """Train a frozen model to reason with a handful of numbers.
 
-    python train.py --params 13                                                # the toy, minutes on a laptop
-    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k  # the paper's run, on one GPU
-    python train.py --eval-only --model M --data D [--adapter A]               # evaluate
-    python train.py --chat [--adapter A]                                       # ask it something
-    python train.py --resume DIR                                               # go on with a run that was stopped
-    torchrun --nproc_per_node 8 train.py ...                                   # on several GPUs, or CPUs (ranks.py)
+    python train.py --params 13                   # the toy, minutes on a laptop
+    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k
+                                                  # the paper's, on one GPU
+    python train.py --eval-only --model M --data D [--adapter A]      # evaluate
+    python train.py --chat [--adapter A]                      # ask it something
+    python train.py --resume DIR             # go on with a run that was stopped
+    torchrun --nproc_per_node 8 train.py ... # on many GPUs, or CPUs (ranks.py)
 
-Where a flag is not given, tinylora.json in the model's folder decides, if there is one; else the paper's recipe (flags.py).
+Where a flag is not given, tinylora.json in the model's folder decides, if
+there is one; else what stands in brackets below: the paper's recipe.
 """
 import hashlib
 import json
@@ -31,7 +33,7 @@ import ranks
 import state
 import tinylora
 from chat import converse, open_model
-from files import InputError
+from files import InputError, make_folder
 from flags import parse
 
 
@@ -43,15 +45,19 @@ SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "len
 def respond(model, chat, problems, args, group, noise, temperature, label, which=None):
     """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk. which: see grpo.generate."""
     prompts, parts = [chat.prompt(p["prompt"], args.system) for p in problems], []
-    per = max(1, args.rollout_rows // group)
-    bar = tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=bool(ranks.RANK) or None)  # None: unless a terminal
-    for i in range(0, len(prompts), per):
-        some = prompts[i:i + per]
-        part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature,
-                             None if noise is None else noise[i * group:(i + per) * group], chat.vocab, None if which is None else which[i:i + per])
-        parts.append(([p for p in some for _ in range(group)], *part))
-        bar.update(len(some))
-    bar.close()
+    per, total = max(1, args.rollout_rows // group), len(prompts) * group
+
+    def live(tokens, done):  # a row that goes on counts as if it went to the limit, so the time left is rather too long than too short
+        bar.set_postfix_str(f"{i * group + done}/{total} rows, token {tokens} of {args.max_new_tokens}", refresh=False)
+        bar.update(i * group + done + (len(some) * group - done) * tokens / args.max_new_tokens - bar.n)
+
+    with tqdm(total=total, desc=label, leave=False, miniters=0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+              disable=bool(ranks.RANK) or None) as bar:  # None: unless a terminal
+        for i in range(0, len(prompts), per):
+            some = prompts[i:i + per]
+            part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature, None if noise is None else noise[i * group:(i + per) * group],
+                                 chat.vocab, None if which is None else which[i:i + per], progress=live)
+            parts.append(([p for p in some for _ in range(group)], *part))
     return parts
 
 
@@ -156,7 +162,7 @@ def run(args):
     args.steps = max(1, 3 * len(train_set) // args.prompts) if args.steps is None else args.steps
     settings = {name: x for name, x in vars(args).items() if name != "resume"}
     print("settings: " + "  ".join(f"{name}={x}" for name, x in settings.items() if x is not None), flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "ranks": ranks.SIZE,
                  "problems": hashlib.sha256(json.dumps([train_set, test_set]).encode()).hexdigest()}
     if args.resume:
