@@ -15,6 +15,7 @@ import model as transformer
 import tinylora
 from files import InputError
 from flags import find_model
+from graph import Graphs
 
 
 def open_model(args):
@@ -25,6 +26,7 @@ def open_model(args):
     model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
     if chat.vocab > model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model only {model.config.vocab_size}")
+    model.graphs = Graphs(model) if args.cuda_graph else None
     return folder, chat, model
 
 

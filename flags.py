@@ -84,6 +84,7 @@ def parse(argv, description=""):
     add("--eval-only", action="store_true", help="evaluate and stop")
     add("--chat", action="store_true", help="answer questions typed in, base and --adapter side by side")
     add("--rollout-rows", type=count, default=256, metavar="N", help="sequences sampled at once (256)")
+    add("--cuda-graph", action="store_true", help="sample with captured decode steps (graph.py; off)")
     add("--tokens-per-micro-batch", type=count, default=None, metavar="N", help="per forward and backward (2048 on a CPU; 65536 on cuda, halved when memory runs out, until it fits)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, 1/3 more time")
     add("--out", default=None, metavar="DIR", help="where the run is written (runs/<time>)")
@@ -163,6 +164,8 @@ def check(args):
     args.device = ranks.device(args.device)
     if args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
         raise InputError(f"--out {args.out}: holds a run already; choose another folder")
+    if args.cuda_graph and (not args.device.startswith("cuda") or args.algo == "es"):
+        raise InputError("--cuda-graph: is for --device cuda, and --algo es (a v for every row) samples without")
     try:
         if not args.device.startswith(("cpu", "cuda")):
             raise RuntimeError("only cpu and cuda are supported")

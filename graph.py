@@ -25,8 +25,8 @@ class Static(Cache):
         self.allocate(prompts.k, layers, len(rows), heads, size, head_dim)
         self.prompt = copy(prompts)
         self.prompt.allocate(prompts.k, layers, P, heads, start, head_dim)
-        self.v.zero_()  # columns not yet written get weight 0, but 0 * NaN is NaN
-        self.prompt.v.zero_()
+        for x in (self.k, self.v, self.prompt.k, self.prompt.v):
+            x.zero_()  # columns not yet written get score -inf and weight 0, but NaN - inf and 0 * NaN are NaN
         self.start, self.which = start, None
         self.number(rows)
         self.position = torch.empty(len(rows), start + size, dtype=torch.long, device=rows.device)

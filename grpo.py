@@ -36,6 +36,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ranks
+import tinylora
 from files import InputError
 from model import Cache, Prefix, upcast
 
@@ -100,23 +101,25 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        logp = log_softmax(model.logits(hidden, vocab), temperature if noise is not None else 1.0)
-        token = draw(logp, None if noise is None else noise[rows, t])
-        ids[rows, t] = token.masked_fill(done, 0)
-        mask[rows, t] = ~done
-        logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0].float().masked_fill(done, 0)
-        done = done | torch.isin(token, stops)
-        if t + 1 == max_new_tokens:
-            break
-        if t % check_every == check_every - 1:
-            left = (~done).nonzero()[:, 0]  # the only host sync
-            progress and progress(t + 1, B - len(left))
-            if len(left) == 0:
+    with tinylora.held(model):
+        for t in range(max_new_tokens):
+            logp = log_softmax(model.logits(hidden, vocab), temperature if noise is not None else 1.0)
+            token = draw(logp, None if noise is None else noise[rows, t])
+            ids[rows, t] = token.masked_fill(done, 0)
+            mask[rows, t] = ~done
+            logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0].float().masked_fill(done, 0)
+            done = done | torch.isin(token, stops)
+            if t + 1 == max_new_tokens:
                 break
-            if len(left) < 0.75 * len(rows):
-                rows, token, done, cache = rows[left], token[left], done[left], cache.keep(left)
-        hidden = model.hidden(token[:, None], cache)[:, 0] if graphs is None else graphs.hidden(token)
+            if t % check_every == check_every - 1:
+                left = (~done).nonzero()[:, 0]  # the only host sync
+                if progress:
+                    progress(t + 1, B - len(left))
+                if len(left) == 0:
+                    break
+                if len(left) < 0.75 * len(rows):
+                    rows, token, done, cache = rows[left], token[left], done[left], cache.keep(left)
+            hidden = model.hidden(token[:, None], cache)[:, 0] if graphs is None else graphs.hidden(token)
     T = t + 1
     if not logprobs.isfinite().all():
         raise InputError("the model's log-probs are not finite: v has grown too large (lower --lr), or --temperature is extreme")

@@ -86,10 +86,11 @@ def attend(q, k, v, mask, prompt=None):
             return x if slots is None else x.index_select(0, slots)
 
         scores = torch.cat((scatter(gather(q) @ prompt_k.transpose(2, 3)), scores), -1)
-    scores = (upcast(scores) * D**-0.5).view(B, H, T, -1).masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype).view(B, KV, -1, mask.shape[-1])
+    scores = upcast(scores).mul_(D**-0.5).view(B, H, T, -1).add_(torch.where(mask, 0.0, -math.inf))  # in place, and no masked_fill: those cost most here
+    scores = scores.softmax(-1).to(v.dtype).view(B, KV, -1, mask.shape[-1])
     y = scores[..., -k.shape[2]:] @ v
     if prompt is not None:
-        y = y + scatter(gather(scores[..., :-k.shape[2]]) @ prompt_v)
+        y.add_(scatter(gather(scores[..., :-k.shape[2]]) @ prompt_v))
     return y.view(B, H, T, D)
 
 

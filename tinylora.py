@@ -108,31 +108,48 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
 class TinyLoRALinear(nn.Module):
     """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row.
 
-    bank: see `many`.
+    bank: see `many`. R: see `held`.
     """
 
     def __init__(self, base, v, group, P, bank=None):
         super().__init__()
-        self.base, self.v, self.group, self.bank = base, v, group, bank
+        self.base, self.v, self.group, self.R = base, v, group, None
+        self.bank = bank or SimpleNamespace(v=None, which=None)
         W = base.weight
         U, S, V, self.residual = truncated_svd(W, P.shape[-1])
         self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
         self.register_buffer("US", (U * S).to(W.dtype).contiguous(), persistent=False)   # (d_out, r)
         self.register_buffer("P", P.to(v), persistent=False)  # (u, r, r), fp32
+        self.register_buffer("kept", torch.zeros_like(self.P[0]), persistent=False)  # R, where it does not change
 
     def core(self):
-        """R (r, r), in v's precision."""
-        return (self.v[self.group] @ self.P.flatten(1)).view(self.P.shape[1:])
+        """R (r, r), in v's precision; inside `many` one for each of its v's, (A, r, r)."""
+        v = self.v if self.bank.v is None else self.bank.v  # (groups, u), (A, groups, u)
+        return (v[..., self.group, :] @ self.P.flatten(1)).unflatten(-1, self.P.shape[1:])
 
     def forward(self, x):  # (N, d_in) -> (N, d_out)
         y = self.base(x)
-        h = F.linear(x, self.Vt).to(self.P.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
-        if self.bank is None or self.bank.which is None:
-            h = F.linear(h, self.core())
+        R = self.core() if self.R is None else self.R
+        h = F.linear(x, self.Vt).to(R.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
+        if self.bank.which is None:
+            h = F.linear(h, R)
         else:  # every token has an R of its own
-            R = torch.einsum("au,uij->aij", self.bank.v[:, self.group], self.P)
             h = torch.einsum("nij,nj->ni", R[self.bank.which], h)
         return y.addmm_(h.to(x.dtype), self.US.T)
+
+
+@contextmanager
+def held(model):
+    """Inside the block v does not change, so R is computed once and not for every token: for sampling. (In place, where a CUDA graph looks for it.)"""
+    modules = [m for m in model.modules() if isinstance(m, TinyLoRALinear)]
+    try:
+        with torch.no_grad():
+            for m in modules:
+                m.R = m.kept.copy_(m.core()) if m.bank.v is None else m.core()
+        yield
+    finally:
+        for m in modules:
+            m.R = None
 
 
 @contextmanager
