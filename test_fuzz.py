@@ -205,11 +205,11 @@ def test_damaged_files_are_read_or_refused(name, good, tmp_path):
     print(f"{name}: {seen}")
 
 
-HOSTILE = {  # templates: what they try, and a word of the message
+HOSTILE = {  # templates: what they try, and words of the message; on a slow machine the clock may be faster than the memory limit
     "count for ever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", "CPU"),
-    "10 GB at once": ("{{ 'x' * 10**10 }}", "MemoryError"),
-    "10 GB by doubling": ("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}", "MemoryError"),
-    "10 GB by formatting": ("{{ '{:>9999999999}'.format(1) }}", "MemoryError"),
+    "10 GB at once": ("{{ 'x' * 10**10 }}", "Memory|1024 MB"),
+    "10 GB by doubling": ("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}", "Memory|1024 MB"),
+    "10 GB by formatting": ("{{ '{:>9999999999}'.format(1) }}", "Memory|1024 MB"),
     "a prompt of 5 MB": ("{% for i in range(5000) %}{{ 'x' * 1000 }}{% endfor %}", "1,000,000"),
     "calling itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "Recursion"),
     "a deep expression": ("{{ " + "-" * 200000 + "1 }}", "Recursion"),
@@ -225,7 +225,7 @@ def test_templates_are_stopped(name, good, tmp_path):
     (folder / "chat_template.jinja").write_text(HOSTILE[name][0])
     with ThreadPoolExecutor(1) as pool, pytest.raises(InputError) as error:
         pool.submit(lambda: gsm8k.Chat(folder).text("Q?")).result()
-    assert HOSTILE[name][1] in str(error.value) and str(error.value).isprintable()
+    assert any(words in str(error.value) for words in HOSTILE[name][1].split("|")) and str(error.value).isprintable()
     assert gsm8k.Chat(TOY).text("Q?").endswith("assistant\n") and time.time() - start < 10
 
 

@@ -112,7 +112,7 @@ def smollm2(request, tmp_path_factory):
 @needs_assets
 @torch.no_grad()
 def test_real_weights_give_the_same_logits_and_text(smollm2):
-    """SmolLM2-135M-Instruct in both layouts, 16 GSM8K questions: logits to 1e-4 and the same 64 greedy tokens."""
+    """SmolLM2-135M-Instruct in both layouts, 16 GSM8K questions: logits to 1e-5 of the largest and the same 64 greedy tokens."""
     model, chat, reference = transformer.load(smollm2), gsm8k.Chat(smollm2), theirs(smollm2)
     prompts = [chat.prompt(p["prompt"]) for p in gsm8k.read_problems(ASSETS / "gsm8k" / "test.jsonl")[:16]]
     ids, mask, _ = grpo.generate(model, prompts, 1, 64, chat.stop_ids, vocab=chat.vocab)
@@ -120,7 +120,7 @@ def test_real_weights_give_the_same_logits_and_text(smollm2):
         got = row[m].tolist()
         whole = torch.tensor([prompt + got])
         want = reference(whole).logits[0]
-        torch.testing.assert_close(model(whole)[0], want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(whole)[0], want, atol=1e-5 * want.abs().max().item(), rtol=0)
         # greedy decoding by their logits, all positions at once: token i is the argmax after prompt + tokens before i
         assert want[len(prompt) - 1:-1].argmax(-1).tolist() == got
         assert len(got) == 64 or got[-1] in chat.stop_ids
@@ -328,7 +328,7 @@ def test_grpo_loss_and_gradient_equal_trls(seed, kl, tmp_path):
     grads = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
     for (name, p), q in zip(model.named_parameters(), params):
         assert p is q
-        torch.testing.assert_close(p.grad, grads[name], atol=1e-5 * grads[name].abs().max().item() + 1e-8, rtol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, grads[name], atol=2e-5 * grads[name].abs().max().item() + 1e-8, rtol=0, msg=lambda m: f"{name}: {m}")
 
 
 @needs("transformers")

@@ -115,21 +115,21 @@ MODELS = [dict(), dict(kv=4), dict(heads=7, kv=1, head_dim=6), dict(tied=False),
 @pytest.mark.parametrize("kw", MODELS, ids=str)
 def test_cache_gives_the_numbers_of_one_pass(kw):
     """Bugs 2, 17, 18, 19: ragged prompts through the cache, in chunks and token by token, equal each row alone."""
-    model = tiny(**kw)
+    model = tiny(dtype=torch.float64, **kw)  # exact enough to tell a wrong number from rounding
     rows = [list(np.random.RandomState(i).randint(0, 50, n)) for i, n in enumerate((11, 7, 9, 1))]
     rows[1][3] = 0  # 0 is also the padding's id: a mask made from ids would hide it
     whole = [model(torch.tensor([row]))[0] for row in rows]
     cache, lengths = Cache(model, 4, 30), torch.tensor([6, 3, 8, 1])
     got = model(grpo.pad([row[:n] for row, n in zip(rows, lengths)], "cpu"), cache, lengths)
     for i, n in enumerate(lengths):
-        torch.testing.assert_close(got[i, :n], whole[i][:n], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[i, :n], whole[i][:n], atol=1e-11, rtol=1e-11)
     done = lengths.tolist()
     for chunk in (2, 1, 1):  # chunks in the middle are ragged too: rows that have ended put in nothing
         part = [row[d:d + chunk] for row, d in zip(rows, done)]
         size = torch.tensor([len(p) for p in part])
         got = model(grpo.pad([p + [0] * (chunk - len(p)) for p in part], "cpu"), cache, size)
         for i in range(4):
-            torch.testing.assert_close(got[i, :size[i]], whole[i][done[i]:done[i] + size[i]], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[i, :size[i]], whole[i][done[i]:done[i] + size[i]], atol=1e-11, rtol=1e-11)
         done = [d + len(p) for d, p in zip(done, part)]
     assert cache.lengths.tolist() == done
 
@@ -137,7 +137,7 @@ def test_cache_gives_the_numbers_of_one_pass(kw):
 @pytest.mark.parametrize("kw", MODELS, ids=str)
 def test_rows_share_their_prompts_keys(kw):
     """Rows continue one prefill, full groups and ragged ones, in one token and in several, while some leave; no row touches another's keys."""
-    model = tiny(**kw)
+    model = tiny(dtype=torch.float64, **kw)  # exact enough to tell a wrong number from rounding
     prompts, rng = [[1, 2, 3], [4], [5, 6], [7, 8, 9]], np.random.RandomState(0)
     for rows in ([0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 1, 3, 3], [2]):
         cache = Cache(model, 4, 5)
@@ -148,7 +148,7 @@ def test_rows_share_their_prompts_keys(kw):
             texts = [text + more for text, more in zip(texts, new)]
             got = model(torch.tensor(new), cache)
             for i, text in enumerate(texts):
-                torch.testing.assert_close(got[i], model(torch.tensor([text]))[0, -chunk:], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(got[i], model(torch.tensor([text]))[0, -chunk:], atol=1e-11, rtol=1e-11)
             if keep and max(keep) < len(texts):
                 cache, texts = cache.keep(torch.tensor(keep)), [texts[i] for i in keep]
 
