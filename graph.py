@@ -21,10 +21,10 @@ class Static(Cache):
 
     def __init__(self, prompts, rows, start, size):
         """prompts: a Cache that holds the prompts. start: columns for them, padded; size: columns for the responses."""
-        layers, P, heads, _, head_dim = prompts.k.shape
-        self.allocate(prompts.k, layers, len(rows), heads, size, head_dim)
+        layers, heads, P, _, head_dim = prompts.k.shape
+        self.allocate(prompts.k, layers, heads, len(rows), size, head_dim)
         self.prompt = copy(prompts)
-        self.prompt.allocate(prompts.k, layers, P, heads, start, head_dim)
+        self.prompt.allocate(prompts.k, layers, heads, P, start, head_dim)
         for x in (self.k, self.v, self.prompt.k, self.prompt.v):
             x.zero_()  # columns not yet written get score -inf and weight 0, but NaN - inf and 0 * NaN are NaN
         self.start, self.which = start, None
@@ -41,10 +41,15 @@ class Static(Cache):
         self.lengths.copy_(prompts.lengths[self.rows])
         self.column.zero_()
 
+    def rows_of(self, x, B):
+        """x (layers, KV, rows, size, D), its first memory as the keys of B rows: heads come first, so fewer rows are another layout."""
+        layers, heads, _, size, head_dim = x.shape
+        return x.flatten(1)[:, :heads * B * size * head_dim].view(layers, heads, B, size, head_dim)
+
     def part(self, B, width):
         """The first B rows and the first `width` columns, as they are, not a copy."""
         new = copy(self)
-        new.k, new.v = self.k[:, :B, :, :width], self.v[:, :B, :, :width]
+        new.k, new.v = (self.rows_of(x, B)[:, :, :, :width] for x in (self.k, self.v))
         new.position, new.lengths = self.position[:B, :self.start + width], self.lengths[:B]
         if B < len(self.rows):
             new.slots = self.slots[:B]
@@ -54,12 +59,12 @@ class Static(Cache):
         positions = self.lengths[:, None].clone()
         self.position.index_copy_(1, self.column + self.start, positions)
         self.lengths.add_(1)
-        return positions, None, (self.position <= positions[:, :1])[:, None, None]
+        return positions, None, (self.position <= positions)[:, None]
 
     def append(self, layer, k, v):
         self.k[layer].index_copy_(2, self.column, k)
         self.v[layer].index_copy_(2, self.column, v)
-        return self.k[layer], self.v[layer], (self.prompt.k[layer], self.prompt.v[layer], self.group, self.slots)
+        return self.k[layer], self.v[layer], (self.prompt.k[layer], self.prompt.v[layer], self.slots, self.places)
 
 
 class Graphs:
@@ -92,9 +97,9 @@ class Graphs:
         order, c = torch.cat((rows, ended))[:B], self.cache
         if self.rows == len(self.token):
             self.slots.copy_(torch.arange(len(self.token), device=rows.device))
-        for layer in range(len(c.k)):
-            c.k[layer, :B, :, :self.used] = c.k[layer, order, :, :self.used]
-            c.v[layer, :B, :, :self.used] = c.v[layer, order, :, :self.used]
+        for x in (c.k, c.v):
+            for mine, theirs in zip(c.rows_of(x, B), c.rows_of(x, self.rows)):  # a layer at a time: what is read is a copy, then written over itself
+                mine[:, :, :self.used] = theirs[:, order, :self.used]
         for x in (c.position, c.lengths, self.slots):
             x[:B] = x[order]
         c.slots, self.rows = self.slots, B

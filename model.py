@@ -62,36 +62,50 @@ def to_grid(x, B, T, real):
     return x.view(B, T, *x.shape[1:])
 
 
-def attend(q, k, v, mask, prompt=None):
-    """q (B, H, T, D), k and v (B, KV, S, D), mask (B, 1, T, S) or None for plain causal -> (B, H, T, D). prompt: see Cache.share."""
-    (B, H, T, D), KV = q.shape, k.shape[1]
-    if mask is None:  # whole sequences, S == T: every fused kernel takes this form
-        k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def attend(q, k, v, bias, prompt=None):
+    """q (B, T, H, D), k and v (KV, B, S, D), bias (B, T, columns), 0 or -inf, or None for plain causal -> (B * T, H * D). prompt: see Cache.share."""
+    (B, T, H, D), KV = q.shape, len(k)
+    if bias is None:  # whole sequences, S == T: every fused kernel takes this form
+        k, v = (t.transpose(0, 1).repeat_interleave(H // KV, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2).reshape(B * T, H * D)
     # With earlier keys: the queries that share a key head become rows of one product, so each key is read once.
     # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
-    q = q.reshape(B, KV, H // KV * T, D)
+    R = H // KV * T
+    q = q.view(B, T, KV, -1, D).permute(2, 0, 3, 1, 4).contiguous().view(KV, B, R, D)
+    bias = bias[:, None].expand(KV, B, H // KV, T, -1).reshape(KV, B, R, -1)
     if T > 1 and prompt is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, H // KV, 1)).view(B, H, T, D)
-    scores = q @ k.transpose(2, 3)  # one token a row: plain products beat any kernel made for tiles of queries
-    if prompt is not None:  # the same for the rows of a group: one product with the keys of the prompt that they share
-        prompt_k, prompt_v, group, slots = prompt  # (P, KV, S', D)
-        R = H // KV * T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        y = products(q, k, v, bias, prompt)
+    return y.view(KV, B, -1, T, D).permute(1, 3, 0, 2, 4).reshape(B * T, H * D)
 
-        def gather(x):  # (B, KV, R, X) -> (P, KV, group * R, X)
-            return to_grid(x, len(prompt_k), group, slots).transpose(1, 2).flatten(2, 3)
 
-        def scatter(x):  # and back
-            x = x.unflatten(2, (group, R)).transpose(1, 2).flatten(0, 1)
-            return x if slots is None else x.index_select(0, slots)
+def products(q, k, v, bias, prompt):
+    """Attention in plain products: q (KV, B, R, D), k and v (KV, B, S, D), bias (KV, B, R, columns) -> (KV, B, R, D).
 
-        scores = torch.cat((scatter(gather(q) @ prompt_k.transpose(2, 3)), scores), -1)
-    scores = upcast(scores).mul_(D**-0.5).view(B, H, T, -1).add_(torch.where(mask, 0.0, -math.inf))  # in place, and no masked_fill: those cost most here
-    scores = scores.softmax(-1).to(v.dtype).view(B, KV, -1, mask.shape[-1])
-    y = scores[..., -k.shape[2]:] @ v
+    For one token a row these beat any kernel made for tiles of queries. The keys of a prompt, columns before the S own ones, are
+    read once for its group, whose rows lie side by side: a product's rows are then a view of several rows of the batch.
+    """
+    (KV, B, R, D), own = q.shape, bias.shape[-1] - k.shape[2]
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(KV, B, R, -1)
     if prompt is not None:
-        y.add_(scatter(gather(scores[..., :-k.shape[2]]) @ prompt_v))
-    return y.view(B, H, T, D)
+        prompt_k, prompt_v, slots, places = prompt  # (KV, P, columns, D) each; see Cache.number
+
+        def side_by_side(x):  # (KV, B, R, X) -> (KV * P, group * R, X), a view as long as no row has left
+            if slots is not None:
+                x = x.new_zeros(KV, places, R, x.shape[-1]).index_copy_(1, slots, x)
+            return x.view(KV * prompt_k.shape[1], -1, x.shape[-1])
+
+        def back(x):
+            x = x.view(KV, -1, R, x.shape[-1])
+            return x if slots is None else x.index_select(1, slots)
+
+        scores = torch.cat((back(torch.bmm(side_by_side(q), prompt_k.flatten(0, 1).mT)), scores), -1)
+    scores = torch.add(bias, upcast(scores), alpha=D**-0.5).softmax(-1).to(v.dtype)
+    y = torch.bmm(scores[..., own:].flatten(0, 1), v.flatten(0, 1)).view(KV, B, R, D)
+    if prompt is not None:  # (a product into a part of a tensor, scores[..., own:], would be a loop over the batch on a CPU)
+        y = back(side_by_side(y).baddbmm_(side_by_side(scores[..., :own]), prompt_v.flatten(0, 1)))
+    return y
 
 
 def linear(x, W, bias=None):
@@ -125,11 +139,13 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, rope, grid, mask, cache):  # x (N, C)
+    def forward(self, x, rope, grid, bias, cache):  # x (N, C)
         q, k, v = (proj(x).contiguous().view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, head_dim)
-        q, k, v = (to_grid(t, *grid).transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, head_dim)
-        k, v, prompt = (k, v, None) if cache is None else cache.append(self.layer, k, v)
-        y = attend(q, k, v, mask, prompt).transpose(1, 2).flatten(0, 1).flatten(1)  # (B * T, heads * head_dim)
+        q, k, v = (to_grid(t, *grid) for t in (rotate(q, *rope), rotate(k, *rope), v))  # (B, T, heads, head_dim)
+        k, v, prompt = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3), None  # (KV, B, T, head_dim): heads first, see products
+        if cache is not None:
+            k, v, prompt = cache.append(self.layer, k, v)
+        y = attend(q, k, v, bias, prompt)  # (B * T, heads * head_dim)
         return self.o_proj(y if grid[2] is None else y.index_select(0, grid[2]))
 
 
@@ -152,8 +168,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, grid, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, grid, mask, cache)
+    def forward(self, x, rope, grid, bias, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, grid, bias, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -172,15 +188,15 @@ class Columns:
 
     def feed(self, T, lengths):
         """Makes room for T more tokens a row, of which `lengths` (B,) are real (None: all). Returns their positions (B, T), whether they are real
-        (B, T), and the mask (B, 1, T, S) of the columns that they may see (None: causal attention says it all)."""
+        (B, T), and which columns they may see, (B, T, S) (None: causal attention says it all)."""
         steps = torch.arange(T, device=self.lengths.device)
         real = steps < (T if lengths is None else lengths[:, None])  # (B, T) or (T,)
         start, self.used = self.used, self.used + T
         positions = steps + self.lengths[:, None]
         self.position[:, start:self.used] = torch.where(real, positions, NEVER)
         self.lengths = self.lengths + (T if lengths is None else lengths)
-        mask = (self.position[:, None, :self.used] <= positions[:, :, None])[:, None] if start else None
-        return positions, real, mask
+        seen = self.position[:, None, :self.used] <= positions[:, :, None] if start else None
+        return positions, real, seen
 
     def child(self, rows, size):
         """A copy that goes on with the given rows, (B',) of indices, repeats allowed, and room for `size` more columns."""
@@ -197,46 +213,47 @@ class Cache(Columns):
         like = model.embed_tokens.weight
         super().__init__(batch, size, like.device)
         c = model.config
-        self.allocate(like, c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
+        self.allocate(like, c.num_hidden_layers, c.num_key_value_heads, batch, size, c.head_dim)
         self.prompt, self.start = None, 0  # another Cache, whose columns come before ours; see share
 
     def allocate(self, like, *shape):
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # a column is written before it is read
 
     def append(self, layer, k, v):
-        """Store k, v (B, KV, T, D) in the columns just fed; returns all own columns so far, (B, KV, S, D), and what attend needs of the prompts."""
+        """Store k, v (KV, B, T, D) in the columns just fed; returns all own columns so far, (KV, B, S, D), and what `products` needs of the prompts."""
         end = self.used - self.start
         self.k[layer, :, :, end - k.shape[2]:end], self.v[layer, :, :, end - k.shape[2]:end] = k, v
-        prompt = None if self.prompt is None else (self.prompt.k[layer, :, :, :self.start], self.prompt.v[layer, :, :, :self.start], self.group, self.slots)
+        prompt = None if self.prompt is None else (self.prompt.k[layer, :, :, :self.start], self.prompt.v[layer, :, :, :self.start], self.slots, self.places)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end], prompt
 
     def share(self, rows, size):
         """To go on with, `size` tokens at most: row i continues row rows[i] (B,), sorted. Nothing is copied: the rows of a group read one prompt."""
-        layers, _, heads, _, head_dim = self.k.shape
+        layers, heads, _, _, head_dim = self.k.shape
         new = self.child(rows, size)
-        new.allocate(self.k, layers, len(rows), heads, size, head_dim)
+        new.allocate(self.k, layers, heads, len(rows), size, head_dim)
         new.prompt, new.start = self, self.used
         new.number(rows)
         return new
 
     def number(self, rows):
-        """Rows find their prompt's products in a grid (prompts, largest group): the slot of each, None if the grid is full."""
-        counts = rows.bincount(minlength=self.prompt.k.shape[1])
-        self.rows, self.group = rows, int(counts.max())
-        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows] + rows * self.group
-        self.slots = None if len(rows) == len(counts) * self.group else slots
+        """Rows lie in a grid (prompts, largest group) beside the rows of their group: the slot of each among all places, None if all are taken."""
+        counts, self.rows = rows.bincount(minlength=self.prompt.k.shape[2]), rows
+        group = int(counts.max())
+        self.places = len(counts) * group
+        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows] + rows * group
+        self.slots = None if len(rows) == self.places else slots
 
     def keep(self, rows):
         """A copy with some of the rows of a shared one."""
-        new, (layers, _, heads, size, head_dim), used = self.child(rows, self.position.shape[1] - self.used), self.k.shape, self.used - self.start
-        new.allocate(self.k, layers, len(rows), heads, size, head_dim)
+        new, (layers, heads, _, size, head_dim), used = self.child(rows, self.position.shape[1] - self.used), self.k.shape, self.used - self.start
+        new.allocate(self.k, layers, heads, len(rows), size, head_dim)
         for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
-            new.k[layer, :, :, :used] = self.k[layer, rows, :, :used]
-            new.v[layer, :, :, :used] = self.v[layer, rows, :, :used]
+            new.k[layer, :, :, :used] = self.k[layer][:, rows, :used]
+            new.v[layer, :, :, :used] = self.v[layer][:, rows, :used]
         left, numbers = self.rows[rows].unique(return_inverse=True)
-        if len(left) < self.prompt.k.shape[1]:
+        if len(left) < self.prompt.k.shape[2]:
             new.prompt = copy(self.prompt)
-            new.prompt.k, new.prompt.v = self.prompt.k[:, left], self.prompt.v[:, left]
+            new.prompt.k, new.prompt.v = self.prompt.k[:, :, left], self.prompt.v[:, :, left]
         new.number(numbers)
         return new
 
@@ -249,12 +266,12 @@ class Prefix(Columns):
         self.kv, self.rows = {}, None
 
     def append(self, layer, k, v):
-        """First pass: keep k, v (P, KV, T, D). Second: the prompts' columns of each row, then its own. Nothing is kept that a
+        """First pass: keep k, v (KV, P, T, D). Second: the prompts' columns of each row, then its own. Nothing is kept that a
         checkpoint's second run would spoil."""
         if self.rows is None:
             self.kv[layer] = k, v
             return k, v, None
-        return *(torch.cat((prompt[self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v))), None
+        return *(torch.cat((prompt[:, self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v))), None
 
     def share(self, rows, size):
         """To go on with, for responses of `size` tokens: response i continues prompt rows[i]."""
@@ -281,10 +298,10 @@ class Transformer(nn.Module):
         cache: continues the rows in it. lengths (B,): real tokens of each row in this call, the rest of the row
         is padding on the right (None: no padding). recompute: activation checkpointing, block by block.
         """
-        (B, T), mask, places = ids.shape, None, None
+        (B, T), seen, places = ids.shape, None, None
         positions = torch.arange(T, device=ids.device).expand(B, T)
         if cache is not None:
-            positions, real, mask = cache.feed(T, lengths)
+            positions, real, seen = cache.feed(T, lengths)
             if lengths is not None:  # padding exists in attention only: all else sees the real tokens, N of them
                 places = real.flatten().nonzero()[:, 0]
                 ids, positions = ids.flatten()[places], positions.flatten()[places]
@@ -295,8 +312,9 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids.flatten())  # (N, C)
         sin = torch.cat((-angle.sin(), angle.sin()), -1)  # see rotate
         rope, grid = (angle.cos().repeat(1, 1, 2).to(x.dtype), sin.to(x.dtype)), (B, T, places)
+        bias = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)
         for block in self.layers:
-            x = checkpoint(block, x, rope, grid, mask, cache, use_reentrant=False) if recompute else block(x, rope, grid, mask, cache)
+            x = checkpoint(block, x, rope, grid, bias, cache, use_reentrant=False) if recompute else block(x, rope, grid, bias, cache)
         return to_grid(self.norm(x), *grid)
 
     def logits(self, hidden, vocab=None):

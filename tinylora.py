@@ -108,12 +108,12 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
 class TinyLoRALinear(nn.Module):
     """A frozen nn.Linear plus U S R V^T. `v` (groups, u) is one Parameter shared by all modules; this one uses a row.
 
-    bank: see `many`. R: see `held`.
+    bank: see `many`. held: see `held`.
     """
 
     def __init__(self, base, v, group, P, bank=None):
         super().__init__()
-        self.base, self.v, self.group, self.R = base, v, group, None
+        self.base, self.v, self.group, self.held = base, v, group, None
         self.bank = bank or SimpleNamespace(v=None, which=None)
         W = base.weight
         U, S, V, self.residual = truncated_svd(W, P.shape[-1])
@@ -129,13 +129,17 @@ class TinyLoRALinear(nn.Module):
 
     def forward(self, x):  # (N, d_in) -> (N, d_out)
         y = self.base(x)
-        R = self.core() if self.R is None else self.R
-        h = F.linear(x, self.Vt).to(R.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
+        V, R, SUt = self.held or self.factors()
+        h = torch.mm(x, V).to(R.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
         if self.bank.which is None:
-            h = F.linear(h, R)
+            h = torch.mm(h, R.T)
         else:  # every token has an R of its own
             h = torch.einsum("nij,nj->ni", R[self.bank.which], h)
-        return y.addmm_(h.to(x.dtype), self.US.T)
+        return y.addmm_(h.to(x.dtype), SUt)
+
+    def factors(self):
+        """V (d_in, r), R, (U S)^T (r, d_out)."""
+        return self.Vt.T, self.core(), self.US.T
 
 
 @contextmanager
@@ -145,11 +149,12 @@ def held(model):
     try:
         with torch.no_grad():
             for m in modules:
-                m.R = m.kept.copy_(m.core()) if m.bank.v is None else m.core()
+                V, R, SUt = m.factors()
+                m.held = V, m.kept.copy_(R) if m.bank.v is None else R, SUt
         yield
     finally:
         for m in modules:
-            m.R = None
+            m.held = None
 
 
 @contextmanager
