@@ -11,7 +11,7 @@ from copy import copy
 
 import torch
 
-from model import NEVER, Cache
+from cache import NEVER, Cache
 
 COLUMNS = 128  # a graph's columns are a multiple of this
 

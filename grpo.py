@@ -37,8 +37,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ranks
 import tinylora
+from cache import Cache, Prefix
 from files import InputError
-from model import Cache, Prefix, upcast
+from model import upcast
 
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 
@@ -56,7 +57,8 @@ def uniforms(keys, length):
 
 def log_softmax(logits, temperature):
     """The policy's log-probs, (..., vocab), in fp32 whatever the model's dtype."""
-    return (upcast(logits) / temperature).log_softmax(-1)
+    logits = upcast(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # a division is a copy of what may be gigabytes
 
 
 def draw(logp, uniform):

@@ -25,8 +25,8 @@ import lora
 import model as transformer
 import tinylora
 import train
+from cache import Cache
 from files import InputError
-from model import Cache
 from test_tinylora import ASSETS, LLAMA3, MODELS, ROOT, TINY_RUN, TOY, needs_assets, random_v, rollout, tiny, write_folder
 
 

@@ -42,8 +42,9 @@ import lora
 import model as transformer
 import tinylora
 import train
+from cache import Cache
 from files import Config, InputError
-from model import Cache, Transformer
+from model import Transformer
 
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy"

@@ -41,7 +41,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
@@ -120,7 +119,7 @@ class TinyLoRALinear(nn.Module):
         self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
         self.register_buffer("US", (U * S).to(W.dtype).contiguous(), persistent=False)   # (d_out, r)
         self.register_buffer("P", P.to(v), persistent=False)  # (u, r, r), fp32
-        self.register_buffer("kept", torch.zeros_like(self.P[0]), persistent=False)  # R, where it does not change
+        self.register_buffer("kept", torch.zeros_like(self.P[0]), persistent=False)  # R^T, where it does not change
 
     def core(self):
         """R (r, r), in v's precision; inside `many` one for each of its v's, (A, r, r)."""
@@ -129,17 +128,17 @@ class TinyLoRALinear(nn.Module):
 
     def forward(self, x):  # (N, d_in) -> (N, d_out)
         y = self.base(x)
-        V, R, SUt = self.held or self.factors()
-        h = torch.mm(x, V).to(R.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
+        V, Rt, SUt = self.held or self.factors()
+        h = torch.mm(x, V).to(Rt.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
         if self.bank.which is None:
-            h = torch.mm(h, R.T)
+            h = torch.mm(h, Rt)
         else:  # every token has an R of its own
-            h = torch.einsum("nij,nj->ni", R[self.bank.which], h)
+            h = torch.einsum("nj,nji->ni", h, Rt[self.bank.which])
         return y.addmm_(h.to(x.dtype), SUt)
 
     def factors(self):
-        """V (d_in, r), R, (U S)^T (r, d_out)."""
-        return self.Vt.T, self.core(), self.US.T
+        """V (d_in, r), R^T, (U S)^T (r, d_out)."""
+        return self.Vt.T, self.core().mT, self.US.T
 
 
 @contextmanager
@@ -149,8 +148,8 @@ def held(model):
     try:
         with torch.no_grad():
             for m in modules:
-                V, R, SUt = m.factors()
-                m.held = V, m.kept.copy_(R) if m.bank.v is None else R, SUt
+                V, Rt, SUt = m.factors()
+                m.held = V, m.kept.copy_(Rt) if m.bank.v is None else Rt, SUt
         yield
     finally:
         for m in modules:
