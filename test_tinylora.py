@@ -1441,6 +1441,11 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
     with monkeypatch.context() as patch, pytest.raises(InputError, match="log.jsonl: cannot be written .*Read-only.*--resume"):  # by now it is
         patch.setattr("builtins.open", refuse)
         train.state.append(there / "log.jsonl", [{}])
+    with monkeypatch.context() as patch:  # and before a model of gigabytes is fetched
+        patch.setattr(os, "access", lambda path, mode: Path(path) != there)
+        patch.setattr("flags.find_model", lambda name: pytest.fail("fetched"))
+        assert train.main(["--model", "some/model", "--out", str(there / "a" / "b")]) == 2
+    assert "there cannot be written" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == [file, there]
 
 
