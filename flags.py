@@ -181,8 +181,10 @@ def check(args):
 @functools.cache  # the flags ask for the folder's tinylora.json, then the model itself: for a name on the hub, one look and not two
 def find_model(name):
     """A folder as it is; owner/name from the hub's cache or, online, the hub: config, tokenizer and safetensors only."""
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if Path(name).exists():
         return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"--model {name}: no such folder")  # before GSM8K is fetched for nothing
     from huggingface_hub import snapshot_download  # comes with tokenizers; only a hub name needs it
     from huggingface_hub.utils import disable_progress_bars, logging
     logging.set_verbosity_error()  # no lines about retries and missing tokens: what fails in the end is told below

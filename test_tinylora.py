@@ -199,7 +199,7 @@ def edit_weights(change):
 
 
 BROKEN = {  # name: (how, words the message must contain)
-    "no folder": (lambda f: shutil.rmtree(f), ["config.json", "no such file"]),
+    "no folder": (lambda f: shutil.rmtree(f), ["--model", "no such folder"]),
     "no architecture": (edit_config(model_type="delete"), ["config.json", "model_type"]),
     "unknown architecture": (edit_config(model_type="gpt2"), ["model_type", "gpt2"]),
     "missing field": (edit_config(hidden_size="delete"), ["hidden_size"]),
