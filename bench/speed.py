@@ -303,16 +303,18 @@ def many(args):
             return seconds(lambda: grpo.generate(model, prompts, 1, s.T, [-1], 1.0, noise, s.chat.vocab, which=range(64)))
 
     got = turns(args.rounds, one=one, each=each)
-    _, (ids, _, logp) = got["each"][0]
-    worst, alike = 0.0, 0
-    for i in range(4):
-        with torch.no_grad():
-            v.copy_(values[i])
-        alone_ids, _, alone = grpo.generate(model, prompts[i:i + 1], 1, s.T, [-1], 1.0, noise[i:i + 1], s.chat.vocab)
-        same = (alone_ids[0] == ids[i]).cumprod(0).bool()  # a number that falls within rounding of a boundary may draw the next token
-        worst, alike = max(worst, (alone[0] - logp[i])[same].abs().max().item()), alike + int(same.sum())
+    worst, alike = {}, {}
+    for side, own in (("one", [v.clone()] * 4), ("each", values)):  # one v: what rounding alone makes of a batch
+        (_, (ids, _, logp)), worst[side], alike[side] = got[side][0], 0.0, 0
+        for i in range(4):
+            with torch.no_grad():
+                v.copy_(own[i])
+            alone_ids, _, alone = grpo.generate(model, prompts[i:i + 1], 1, s.T, [-1], 1.0, noise[i:i + 1], s.chat.vocab)
+            same = (alone_ids[0] == ids[i]).cumprod(0).bool()  # a number that falls within rounding of a boundary may draw the next token
+            worst[side], alike[side] = max(worst[side], (alone[0] - logp[i])[same].abs().max().item()), alike[side] + int(same.sum())
     figures = {side: round(median([took for took, _ in x]), 2) for side, x in got.items()}
-    result = {"one v": figures["one"], "64 v's": figures["each"], "cost": round(figures["each"] / figures["one"], 2), "log-probs differ by": f"{worst:.0e}", "tokens alike": f"{alike} of {4 * s.T}"}
+    result = {"one v": figures["one"], "64 v's": figures["each"], "cost": round(figures["each"] / figures["one"], 2), "log-probs differ by": f"{worst['each']:.1e}", "with one v": f"{worst['one']:.1e}",
+              "tokens alike": f"{alike['each']} and {alike['one']} of {4 * s.T}"}
     print(f"many: seconds {result}", flush=True)
     return result
 
