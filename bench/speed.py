@@ -289,7 +289,7 @@ def skew(args):
 
 
 def many(args):
-    """64 rows with 64 different v's against 64 rows with one v; and the first 4 of them against runs of their own."""
+    """64 rows with 64 different v's against 64 rows with one v; and 4 of them against runs with their v only."""
     s = Setup(args)
     model, v = s.ours()
     prompts = [s.prompts[i % s.P] for i in range(64)]
@@ -303,18 +303,18 @@ def many(args):
             return seconds(lambda: grpo.generate(model, prompts, 1, s.T, [-1], 1.0, noise, s.chat.vocab, which=range(64)))
 
     got = turns(args.rounds, one=one, each=each)
-    worst, alike = {}, {}
-    for side, own in (("one", [v.clone()] * 4), ("each", values)):  # one v: what rounding alone makes of a batch
-        (_, (ids, _, logp)), worst[side], alike[side] = got[side][0], 0.0, 0
-        for i in range(4):
-            with torch.no_grad():
-                v.copy_(own[i])
-            alone_ids, _, alone = grpo.generate(model, prompts[i:i + 1], 1, s.T, [-1], 1.0, noise[i:i + 1], s.chat.vocab)
-            same = (alone_ids[0] == ids[i]).cumprod(0).bool()  # a number that falls within rounding of a boundary may draw the next token
-            worst[side], alike[side] = max(worst[side], (alone[0] - logp[i])[same].abs().max().item()), alike[side] + int(same.sum())
+    _, (ids, _, logp) = got["each"][0]
+    worst, alike = {"one v": 0.0, "a row alone": 0.0}, {"one v": 0, "a row alone": 0}
+    for i in range(4):  # row i against the same batch with its v for all rows, and against a batch of its own, where kernels round otherwise
+        with torch.no_grad():
+            v.copy_(values[i])
+        for run, part, row in (("one v", slice(None), i), ("a row alone", slice(i, i + 1), 0)):
+            other_ids, _, other = grpo.generate(model, prompts[part], 1, s.T, [-1], 1.0, noise[part], s.chat.vocab)
+            same = (other_ids[row] == ids[i]).cumprod(0).bool()  # a number that falls within rounding of a boundary may draw the next token
+            worst[run], alike[run] = max(worst[run], (other[row] - logp[i])[same].abs().max().item()), alike[run] + int(same.sum())
     figures = {side: round(median([took for took, _ in x]), 2) for side, x in got.items()}
-    result = {"one v": figures["one"], "64 v's": figures["each"], "cost": round(figures["each"] / figures["one"], 2), "log-probs differ by": f"{worst['each']:.1e}", "with one v": f"{worst['one']:.1e}",
-              "tokens alike": f"{alike['each']} and {alike['one']} of {4 * s.T}"}
+    result = {"one v": figures["one"], "64 v's": figures["each"], "cost": round(figures["each"] / figures["one"], 2), "log-probs differ by": {run: f"{x:.1e}" for run, x in worst.items()},
+              f"tokens alike, of {4 * s.T}": alike}
     print(f"many: seconds {result}", flush=True)
     return result
 
