@@ -76,7 +76,7 @@ class Graphs:
     def share(self, prompts, rows, size):
         """As Cache.share, for groups of one size: rows = 0 0 0 1 1 1 ..."""
         self.start = max(self.start, -(-prompts.used // COLUMNS) * COLUMNS)
-        shape = prompts.k.shape[1], len(rows), self.start, size
+        shape = prompts.k.shape[2], len(rows), self.start, size  # prompts, rows, columns
         if shape != self.shape:
             self.cache = self.graphs = None  # the old ones' memory first
             self.cache, self.graphs = Static(prompts, rows, self.start, size), {}

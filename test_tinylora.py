@@ -645,7 +645,7 @@ def test_a_captured_step_gives_the_plain_text(kw, monkeypatch):
     model = tiny(**kw)
     v = tinylora.adapt(model, 13)
     graphs, sizes = graph.Graphs(model), []
-    for seed, (P, group, length, greedy) in enumerate([(5, 4, 30, False), (5, 4, 30, False), (5, 4, 30, True), (3, 2, 12, False), (5, 4, 30, False)]):
+    for seed, (P, group, length, greedy) in enumerate([(5, 4, 30, False), (5, 4, 30, False), (5, 4, 30, True), (3, 2, 12, False), (5, 4, 30, False), (10, 2, 30, False)]):
         random_v(v, 0.1 * seed)
         rng = np.random.RandomState(seed)
         prompts = [list(rng.randint(0, 50, 1 + 3 * i % 7)) for i in range(P)]
