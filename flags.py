@@ -165,7 +165,8 @@ def check(args):
     if args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("samples.jsonl", "log.jsonl", "summary.json")):
         raise InputError(f"--out {args.out}: holds a run already; choose another folder")
     if args.out:
-        exists = next(path for path in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if path.exists())
+        folder = Path(args.out).absolute()
+        exists = next(path for path in (folder, *folder.parents) if path.exists())
         if exists.is_dir() and not os.access(exists, os.W_OK):  # a file in its place is told by make_folder
             raise InputError(f"--out {args.out}: {exists} cannot be written; choose another folder")
     if args.cuda_graph and (not args.device.startswith("cuda") or args.algo == "es"):

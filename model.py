@@ -12,8 +12,7 @@ are the checkpoint's own, so loading is a strict copy.
 
 Two facts keep attention simple. Rows are padded on the right, so causal attention alone hides the padding
 from every real token: a whole-sequence pass needs no mask and no shifted positions. And the cache remembers
-which position each of its columns holds, so "may this query see that key" is one comparison of positions,
-however ragged the rows are. No mask is ever guessed from `ids != pad`.
+which position each of its columns holds (cache.py). No mask is ever guessed from `ids != pad`.
 """
 import math
 

@@ -30,6 +30,11 @@ from files import InputError
 from test_tinylora import ASSETS, LLAMA3, MODELS, ROOT, TINY_RUN, TOY, needs_assets, random_v, rollout, tiny, write_folder
 
 
+def close(got, want, size=None):
+    """fp32 rounding: within 1e-5 of the largest number in `size` (None: in want)."""
+    torch.testing.assert_close(got, want, atol=1e-5 * (want if size is None else size).abs().max().item(), rtol=0)
+
+
 def needs(*packages):
     missing = [p for p in packages if not importlib.util.find_spec(p)]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)} (requirements-dev.txt)")
@@ -53,16 +58,15 @@ def test_logits_equal_transformers_every_way(kw, tmp_path):
     assert set(model.state_dict()) | {"lm_head.weight"} == names | {"lm_head.weight"}
     rows = [np.random.RandomState(i).randint(0, 50, n).tolist() for i, n in enumerate((40, 23, 9))]
     want = [reference(torch.tensor([row])).logits[0] for row in rows]
-    close = lambda got, part: torch.testing.assert_close(got, part, atol=1e-5 * want[0].abs().max().item(), rtol=0)
-    close(model(torch.tensor(rows[:1]))[0], want[0])
+    close(model(torch.tensor(rows[:1]))[0], want[0], want[0])
     cache = Cache(model, 1, 40)
-    close(torch.cat([model(torch.tensor([[token]]), cache)[0] for token in rows[0]]), want[0])
+    close(torch.cat([model(torch.tensor([[token]]), cache)[0] for token in rows[0]]), want[0], want[0])
     cache = Cache(model, 3, 60)
     for start, end in ((0, 12), (12, 13), (13, 40)):
         parts = [row[start:end] for row in rows]
         got = model(grpo.pad([p + [0] * (end - start - len(p)) for p in parts], "cpu"), cache, torch.tensor([len(p) for p in parts]))
         for i, p in enumerate(parts):
-            close(got[i, :len(p)], want[i][start:start + len(p)])
+            close(got[i, :len(p)], want[i][start:start + len(p)], want[0])
 
 
 @needs("transformers")
@@ -120,7 +124,7 @@ def test_real_weights_give_the_same_logits_and_text(smollm2):
         got = row[m].tolist()
         whole = torch.tensor([prompt + got])
         want = reference(whole).logits[0]
-        torch.testing.assert_close(model(whole)[0], want, atol=1e-5 * want.abs().max().item(), rtol=0)
+        close(model(whole)[0], want)
         # greedy decoding by their logits, all positions at once: token i is the argmax after prompt + tokens before i
         assert want[len(prompt) - 1:-1].argmax(-1).tolist() == got
         assert len(got) == 64 or got[-1] in chat.stop_ids
@@ -198,7 +202,7 @@ def test_peft_tinylora_is_ours_by_the_documented_table():
     ours = tinylora.TinyLoRALinear(layer.base_layer, v, 0, translated / math.sqrt(3))  # random_P carries the 1/sqrt(u)
     (A, B), = export.factors(torch.nn.ModuleDict({"x": ours})).values()
     want = layer.get_delta_weight("default")
-    torch.testing.assert_close(B @ A, want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(B @ A, want)
     x = torch.from_numpy(np.random.RandomState(1).standard_normal((4, 48))).float()
     torch.testing.assert_close(ours(x), layer(x), atol=1e-4, rtol=1e-4)
     # the table's last column: per unit of v, entries of R have std 1/sqrt(u) here and 1/sqrt(r) there
@@ -228,9 +232,9 @@ def test_peft_export_is_an_ordinary_lora_with_our_logits(method, kw, tmp_path):
     want, plain = model(ids), transformer.load(tmp_path / "base")
     reference = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "lora").eval()
     assert (plain(ids) - want).abs().max() > 0.1
-    torch.testing.assert_close(reference(ids).logits, want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(reference(ids).logits, want)
     lora.load(tmp_path / "lora", plain)
-    torch.testing.assert_close(plain(ids), want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(plain(ids), want)
 
 
 @needs("transformers")
@@ -247,8 +251,8 @@ def test_merged_export_loads_in_transformers_and_tells_what_bf16_destroys(tied, 
     for dtype in ("fp32", "bf16"):
         assert export.main(["export", str(path), "--to", "merged", "--dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
     report = capsys.readouterr().out
-    torch.testing.assert_close(theirs(tmp_path / "fp32")(ids).logits, want, atol=1e-5 * want.abs().max().item(), rtol=0)
-    torch.testing.assert_close(transformer.load(tmp_path / "fp32")(ids), want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(theirs(tmp_path / "fp32")(ids).logits, want)
+    close(transformer.load(tmp_path / "fp32")(ids), want)
     base, exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "fp32", "bf16"))
     assert {t.dtype for t in rounded.values()} == {torch.bfloat16} and set(base) == set(exact) == set(rounded)
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -275,14 +279,14 @@ def test_lora_folder_is_pefts(tmp_path):
     assert (base - want).abs().max() > 0.1
     lora.save(tmp_path / "lora", model, base=str(tmp_path / "base"))
     reference = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "lora").eval()
-    torch.testing.assert_close(reference(ids).logits, want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(reference(ids).logits, want)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     made = get_peft_model(theirs(tmp_path / "base"), LoraConfig(r=2, lora_alpha=16, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")).eval()
     made.save_pretrained(tmp_path / "made")
     again = transformer.load(tmp_path / "base")
     lora.load(tmp_path / "made", again)
     want = made(ids).logits
-    torch.testing.assert_close(again(ids), want, atol=1e-5 * want.abs().max().item(), rtol=0)
+    close(again(ids), want)
 
 
 # ----------------------------------------------------------------------------------------------------------- TRL
@@ -351,4 +355,4 @@ def test_sft_loss_and_gradient_equal_transformers(tmp_path):
     assert metrics["loss"] == pytest.approx(want.item(), rel=1e-5)
     grads = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], atol=1e-5 * grads[name].abs().max().item(), rtol=0)
+        close(p.grad, grads[name])

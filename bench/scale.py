@@ -35,17 +35,18 @@ SHAPES = {  # vocabulary, hidden size, MLP, layers, heads, key heads, head size,
     "1.5B": (151936, 1536, 8960, 28, 12, 2, 128, True), "7B": (152064, 3584, 18944, 28, 28, 4, 128, False)}
 
 
+def seconds(f):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = f()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
 def median_seconds(f, rounds):
-    times = []
-    for _ in range(rounds + 1):  # one to warm up
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        f()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median([seconds(f)[0] for _ in range(rounds + 1)][1:])  # one to warm up
 
 
 def ceilings(args):

@@ -37,19 +37,10 @@ import grpo
 import gsm8k
 import model as transformer
 import tinylora
+from scale import limited, seconds
 
 QUESTIONS = ["There are {} shells in the box of Omar. Then he loses {}. He gets {} more from Eva. How many shells does Omar have left?",
              "Mia has {} nuts. Then she gives {} to Jack. She picks up {} more. How many nuts does Mia have in the end?"]
-
-
-def seconds(f):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = f()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def turns(rounds, **sides):
@@ -260,24 +251,11 @@ def skew(args):
     s = Setup(args)
     model, _ = s.ours()
     rows = s.P * s.G
-    limit = torch.tensor([s.T if i % 10 == 3 else s.T // 4 for i in range(rows)])
-
-    class Limits:  # counts the tokens drawn; rows leave the batch in order, so the ones that remain are those not yet at their limit
-        def __init__(self):
-            self.t, self.left, self.isin = 0, torch.arange(rows), torch.isin
-
-        def __call__(self, token, stops):
-            if len(token) < len(self.left):
-                self.left = self.left[limit[self.left] > self.t]
-            self.t += 1
-            return (limit[self.left] <= self.t).to(token.device)
+    limit = torch.tensor([s.T if i % 10 == 3 else s.T // 4 for i in range(rows)], device=s.device)
 
     def one(check_every):
-        real, torch.isin = torch.isin, Limits()
-        try:
+        with limited(limit):
             took, (_, mask, _) = seconds(lambda: s.sample(model, [-1], check_every=check_every))
-        finally:
-            torch.isin = real
         assert mask.sum(1).tolist() == limit.tolist()
         return took
 
