@@ -69,10 +69,20 @@ def draw(logp, uniform):
     """
     if uniform is None:
         return logp.argmax(-1)
-    cdf = logp.exp().double().cumsum(-1)
+    cdf = logp.exp().double().cumsum_(-1)
     total = cdf[:, -1:]
     point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=logp.shape[1] - 1)  # NaN logits fall off the end
+
+
+def sample(logits, temperature, uniform):
+    """Tokens (B,), as draw takes them, and their log-probs (B,), fp32. On a CPU some rows at a time, whose numbers its cache holds."""
+    some, tokens, logprobs = len(logits) if logits.is_cuda else max(1, 2**18 // logits.shape[1]), [], []
+    for start in range(0, len(logits), some):
+        logp = log_softmax(logits[start:start + some], temperature)
+        tokens.append(draw(logp, None if uniform is None else uniform[start:start + some]))
+        logprobs.append(logp.gather(1, tokens[-1][:, None])[:, 0].float())
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 @torch.no_grad()
@@ -105,11 +115,11 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
     done = torch.zeros(B, dtype=torch.bool, device=device)
     with tinylora.held(model):
         for t in range(max_new_tokens):
-            logp = log_softmax(model.logits(hidden, vocab), temperature if noise is not None else 1.0)
-            token = draw(logp, None if noise is None else noise[rows, t])
+            logits = model.logits(hidden, vocab)
+            token, logp = sample(logits, 1.0, None) if noise is None else sample(logits, temperature, noise[rows, t])
             ids[rows, t] = token.masked_fill(done, 0)
             mask[rows, t] = ~done
-            logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0].float().masked_fill(done, 0)
+            logprobs[rows, t] = logp.masked_fill(done, 0)
             done = done | torch.isin(token, stops)
             if t + 1 == max_new_tokens:
                 break

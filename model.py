@@ -67,8 +67,8 @@ def attend(q, k, v, bias, prompt=None):
     # With earlier keys: the queries that share a key head become rows of one product, so each key is read once.
     # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
     R = H // KV * T
-    q = q.view(B, T, KV, -1, D).permute(2, 0, 3, 1, 4).contiguous().view(KV, B, R, D)
-    bias = bias[:, None].expand(KV, B, H // KV, T, -1).reshape(KV, B, R, -1)
+    q = q.unflatten(2, (KV, -1)).permute(2, 0, 3, 1, 4).contiguous().view(KV, B, R, D)
+    bias = bias[:, None].expand(B, H // KV, T, -1).reshape(1, B, R, -1)
     if T > 1 and prompt is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
@@ -77,7 +77,7 @@ def attend(q, k, v, bias, prompt=None):
 
 
 def products(q, k, v, bias, prompt):
-    """Attention in plain products: q (KV, B, R, D), k and v (KV, B, S, D), bias (KV, B, R, columns) -> (KV, B, R, D).
+    """Attention in plain products: q (KV, B, R, D), k and v (KV, B, S, D), bias (1, B, R, columns) -> (KV, B, R, D).
 
     For one token a row these beat any kernel made for tiles of queries. The keys of a prompt, columns before the S own ones, are
     read once for its group, whose rows lie side by side: a product's rows are then a view of several rows of the batch.
@@ -108,6 +108,8 @@ def linear(x, W, bias=None):
     """F.linear; few rows and a large weight on a CPU are multiplied the other way round, by a kernel up to 1.5 times faster."""
     if x.is_cuda or x.dim() > 2 or not 1 < len(x) <= 256 or W.numel() < 2**18:
         return F.linear(x, W, bias)
+    if len(W) >= 2**14:  # a vocabulary (nothing so tall has a bias), in parts: each is turned back while the processor's cache holds it
+        return torch.cat([linear(x, part) for part in W.split(2048)], 1)
     y = W @ x.T if bias is None else torch.addmm(bias[:, None], W, x.T)  # (d_out, N)
     return y.T
 
@@ -129,15 +131,16 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim, bias = layer, c.head_dim, c.model_type == "qwen2"
+        self.layer, self.head_dim, self.KV, bias = layer, c.head_dim, c.num_key_value_heads, c.model_type == "qwen2"
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, rope, grid, bias, cache):  # x (N, C)
-        q, k, v = (proj(x).contiguous().view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, head_dim)
-        q, k, v = (to_grid(t, *grid) for t in (rotate(q, *rope), rotate(k, *rope), v))  # (B, T, heads, head_dim)
+        qkv = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], 1).view(len(x), -1, self.head_dim)  # (N, heads, head_dim)
+        qk, v = to_grid(rotate(qkv[:, :-self.KV], *rope), *grid), to_grid(qkv[:, -self.KV:], *grid)  # (B, T, heads, head_dim)
+        q, k = qk[:, :, :-self.KV], qk[:, :, -self.KV:]
         k, v, prompt = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3), None  # (KV, B, T, head_dim): heads first, see products
         if cache is not None:
             k, v, prompt = cache.append(self.layer, k, v)

@@ -276,6 +276,26 @@ def test_truncated_svd_sign_and_failures():
         tinylora.adapt(model, 13)
 
 
+def test_the_svds_do_not_depend_on_the_number_of_threads():
+    """Matrices large enough that one product is shared out among threads; afterwards, and after an error, torch has as many as before."""
+    kept, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = tiny(heads=8, kv=8, head_dim=64, hidden=512, mid=1500, layers=1)
+            tinylora.adapt(model, 13)
+            assert torch.get_num_threads() == threads
+            kept.append([t for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear) for t in (m.US, m.Vt)])
+            model = tiny()
+            model.layers[0].self_attn.k_proj.weight[0, 0] = math.inf
+            with pytest.raises(InputError, match="layer 0, self_attn.k_proj"):
+                tinylora.adapt(model, 13)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in kept[1:] for a, b in zip(kept[0], other, strict=True))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_params_are_exact(name):
     """--params N trains exactly N numbers, on the toy and at Qwen2.5's shapes, with the group sizes the issue states."""
@@ -750,6 +770,22 @@ def test_draw_samples_the_full_softmax():
     share = torch.bincount(tokens, minlength=7) / len(edges)
     torch.testing.assert_close(share, p, atol=2e-5, rtol=0)
     assert share[0] == share[2] == share[6] == 0
+
+
+def test_a_large_vocabulary_in_parts_is_the_whole():
+    """Sampling takes some rows at a time, the head some ids at a time (on a CPU): the plain product, softmax and draw say the same."""
+    rng = np.random.RandomState(0)
+    V = 2**14 + 5  # 15 rows of 40 at a time; the head in 9 parts, the last of 5 ids
+    x, W = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((40, 24), (V, 24)))
+    uniform = torch.from_numpy(rng.random_sample(40))
+    logits = transformer.linear(x, W)
+    torch.testing.assert_close(logits, x @ W.T, atol=1e-12, rtol=0)
+    assert logits.is_contiguous()
+    for noise, temperature in ((uniform, 0.7), (None, 1.0)):
+        token, logp = grpo.sample(logits, temperature, noise)
+        want = (logits / temperature).log_softmax(-1)
+        assert torch.equal(token, grpo.draw(want, noise))
+        torch.testing.assert_close(logp, want.gather(1, token[:, None])[:, 0].float(), atol=1e-6, rtol=0)
 
 
 def test_log_softmax_is_fp32():

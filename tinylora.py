@@ -27,13 +27,14 @@ random ones (and no 1/sqrt(u), so v IS R). All the rest is the same code.
 THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes of data for 13 numbers in bf16. It is
 enough because all else can be rebuilt exactly: P comes from numpy's RandomState, a stream frozen by policy, seeded
 by (seed, module index); the SVD is deterministic and its signs are fixed by a rule; and the base model is identified
-by a fingerprint. Bit for bit on the same machine; elsewhere to the SVD's tolerance (another thread count or device
-sums in another order). U S and V are kept in the base's dtype. See python tinylora.py show|export.
+by a fingerprint. Bit for bit on the same machine, on any number of threads; elsewhere to the SVD's tolerance (another
+processor or device sums in another order). U S and V are kept in the base's dtype. See python tinylora.py show|export.
 """
 import hashlib
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -75,25 +76,25 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
     block = torch.from_numpy(np.random.RandomState(0).standard_normal((A.shape[1], width))).to(W)
     K = Z = W.new_empty(A.shape[1], 0)  # the basis, and A^T A times it
     residual = math.inf
-    for _ in range(max_iters):
+    for passes in range(max_iters):
         for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
             block = torch.linalg.qr(block - K @ (K.T @ block))[0]
         block = block[:, :A.shape[1] - K.shape[1]]  # the basis may fill the space; then the result is exact
         new = (block.T @ A.T @ A).T  # A^T A block; the product with A.T on the left would be several times slower
-        if not new.isfinite().all():
+        if passes == 0 and not new.isfinite().all():  # whatever is not finite in W is in the first product
             raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
         K, Z = torch.cat((K, block), 1), torch.cat((Z, new), 1)
         small = (K.T @ Z).double()
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
-        vectors = vectors.flip(1).to(W)  # descending
-        S = values.flip(0).clamp(min=1e-30).sqrt().to(W)
+        vectors = vectors[:, -keep:].flip(1).to(W)  # descending
+        S = values[-keep:].flip(0).clamp(min=1e-30).sqrt().to(W)
         right = K @ vectors[:, :width]
         block = Z @ vectors[:, :width] - right * S[:width]**2
         residual = (block[:, :rank].norm(dim=0) / S[:rank]).max().item() / S[0].item()
         if residual <= tol or K.shape[1] == A.shape[1]:
             break
         if K.shape[1] >= limit:
-            K, Z = K @ vectors[:, :keep], Z @ vectors[:, :keep]
+            K, Z = K @ vectors, Z @ vectors
     right, S = right[:, :rank], S[:rank]
     left = A @ right / S
     if residual > 10 * tol:
@@ -253,14 +254,27 @@ def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, m
     v = nn.Parameter(torch.zeros(groups, u, dtype=torch.float32, device=weight.device))
     model.bank = SimpleNamespace(v=None, which=None)
     places = [(layer, target) for layer in model.layers for target in TARGETS]
-    for index, (layer, target) in enumerate(progress(places)):
-        parent, name = target.split(".")
-        parent = getattr(layer, parent)
+
+    def wrapped(index):
+        layer, target = places[index]
         P = torch.eye(u).view(u, rank, rank) if method == "lora-xs" else random_P(u, rank, seed, index)
         try:
-            setattr(parent, name, TinyLoRALinear(getattr(parent, name), v, group_of[index], P, model.bank))
+            return TinyLoRALinear(layer.get_submodule(target), v, group_of[index], P, model.bank)
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
+
+    # On a CPU a matrix a thread, not all threads on one matrix: the products are small, and so no sum depends on how many threads
+    # there are. 8 at most: each may hold a copy of its matrix in fp32.
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, 8))
+    each = pool.map if weight.device.type == "cpu" else map
+    try:
+        torch.set_num_threads(1)
+        for (layer, target), module in zip(progress(places), each(wrapped, range(len(places)))):
+            layer.set_submodule(target, module)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
     model.adapter = settings
     return v
 
