@@ -110,7 +110,8 @@ def linear(x, W, bias=None):
         return F.linear(x, W, bias)
     if len(W) >= 2**14:  # a vocabulary (nothing so tall has a bias), in parts: each is turned back while the processor's cache holds it
         return torch.cat([linear(x, part) for part in W.split(2048)], 1)
-    y = W @ x.T if bias is None else torch.addmm(bias[:, None], W, x.T)  # (d_out, N)
+    x = x.T if len(x) >= 12 else x.contiguous().T  # x may come from a product like this one, turned: for few rows that kernel is slow
+    y = W @ x if bias is None else torch.addmm(bias[:, None], W, x)  # (d_out, N)
     return y.T
 
 

@@ -154,6 +154,17 @@ def test_rows_share_their_prompts_keys(kw):
                 cache, texts = cache.keep(torch.tensor(keep)), [texts[i] for i in keep]
 
 
+def test_linear_whichever_way_its_input_lies():
+    """The CPU's other way round, for few rows and many, from inputs laid either way, with a bias and without."""
+    rng = np.random.RandomState(0)
+    W, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((700, 400), (700,)))
+    for rows in (1, 2, 11, 12, 256, 257):
+        x = torch.from_numpy(rng.standard_normal((rows, 400)))
+        for laid in (x, x.T.contiguous().T):
+            for b in (None, bias):
+                torch.testing.assert_close(transformer.linear(laid, W, b), x @ W.T + (0 if b is None else b), atol=1e-11, rtol=0)
+
+
 @needs_transformers
 def test_toy_folder_is_an_ordinary_qwen2_folder():
     """The toy loads in transformers as any Qwen2.5 folder does: same logits, same prompt ids."""
