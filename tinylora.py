@@ -88,9 +88,11 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
         vectors = vectors[:, -keep:].flip(1).to(W)  # descending
         S = values[-keep:].flip(0).clamp(min=1e-30).sqrt().to(W)
-        right = K @ vectors[:, :width]
-        block = Z @ vectors[:, :width] - right * S[:width]**2
-        residual = (block[:, :rank].norm(dim=0) / S[:rank]).max().item() / S[0].item()
+        lead = vectors[:, :width]
+        right = K @ lead
+        block = Z @ lead - right * S[:width]**2
+        norms, top = block[:, :rank].norm(dim=0).tolist(), S[:rank].tolist()
+        residual = max(norm / s for norm, s in zip(norms, top)) / top[0]
         if residual <= tol or K.shape[1] == A.shape[1]:
             break
         if K.shape[1] >= limit:
