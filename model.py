@@ -108,7 +108,7 @@ def linear(x, W, bias=None):
     """F.linear; few rows and a large weight on a CPU are multiplied the other way round, by a kernel up to 1.5 times faster."""
     if x.is_cuda or x.dim() > 2 or not 1 < len(x) <= 256 or W.numel() < 2**18:
         return F.linear(x, W, bias)
-    if len(W) >= 2**14:  # a vocabulary (nothing so tall has a bias), in parts: each is turned back while the processor's cache holds it
+    if len(W) >= 2**14 and bias is None:  # a vocabulary, in parts: each is turned back while the processor's cache holds it
         return torch.cat([linear(x, part) for part in W.split(2048)], 1)
     x = x.T if len(x) >= 12 else x.contiguous().T  # x may come from a product like this one, turned: for few rows that kernel is slow
     y = W @ x if bias is None else torch.addmm(bias[:, None], W, x)  # (d_out, N)

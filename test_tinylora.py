@@ -792,6 +792,8 @@ def test_a_large_vocabulary_in_parts_is_the_whole():
     logits = transformer.linear(x, W)
     torch.testing.assert_close(logits, x @ W.T, atol=1e-12, rtol=0)
     assert logits.is_contiguous()
+    bias = torch.from_numpy(rng.standard_normal(V))
+    torch.testing.assert_close(transformer.linear(x, W, bias), x @ W.T + bias, atol=1e-12, rtol=0)
     for noise, temperature in ((uniform, 0.7), (None, 1.0)):
         token, logp = grpo.sample(logits, temperature, noise)
         want = (logits / temperature).log_softmax(-1)

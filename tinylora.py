@@ -265,8 +265,8 @@ def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, m
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
 
-    # On a CPU a matrix a thread, not all threads on one matrix: the products are small, and so no sum depends on how many threads
-    # there are. 8 at most: each may hold a copy of its matrix in fp32.
+    # On a CPU a matrix a thread, not all threads on one matrix: faster, for the products are small, and no sum depends on how many
+    # threads there are. 8 at most: each may hold a copy of its matrix in fp32.
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(min(threads, 8))
     each = pool.map if weight.device.type == "cpu" else map

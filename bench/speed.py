@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from scale import limited, seconds
 
 QUESTIONS = ["There are {} shells in the box of Omar. Then he loses {}. He gets {} more from Eva. How many shells does Omar have left?",
              "Mia has {} nuts. Then she gives {} to Jack. She picks up {} more. How many nuts does Mia have in the end?"]
+NAMES = [target.split(".")[1] for target in tinylora.TARGETS]  # as PEFT wants them
 
 
 def turns(rounds, **sides):
@@ -129,7 +129,7 @@ def trl_trainer(s, out, **kw):
     config = GRPOConfig(output_dir=out, use_cpu=s.device == "cpu", bf16=s.device == "cuda", per_device_train_batch_size=s.P * s.G, gradient_accumulation_steps=1,
                         num_generations=s.G, max_completion_length=s.T, temperature=1.0, top_k=0, beta=0.0, loss_type="dapo", learning_rate=1e-4, report_to=[],
                         logging_strategy="no", save_strategy="no", disable_tqdm=True, **kw)
-    peft = TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    peft = TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=NAMES)
     return GRPOTrainer(get_peft_model(s.theirs(), peft), lambda completions, **kw: rng.randint(0, 2, len(completions)).astype(float).tolist(), args=config,
                        train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
@@ -175,7 +175,6 @@ def step(args):
 def wrap(args):
     """The SVDs and modules alone, weights loaded before; theirs is get_peft_model."""
     from peft import TinyLoraConfig, get_peft_model
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     s, result = Setup(args), {}
     noise = torch.from_numpy(np.random.RandomState(0).standard_normal((18944, 3584)).astype(np.float32))
     U, V = (torch.linalg.qr(x)[0] for x in (noise[:, :64], noise[:3584, 64:128]))
@@ -196,7 +195,7 @@ def wrap(args):
         print(f"wrap, {name}: {result[f'18944 x 3584, {name}']}", flush=True)
     models = [transformer.load(s.folder) for _ in range(args.rounds + 1)]
     got = turns(args.rounds, ours=lambda: seconds(lambda: tinylora.adapt(models.pop(), 13))[0],
-                theirs=lambda: seconds(lambda m=s.theirs(): get_peft_model(m, TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=names)))[0])
+                theirs=lambda: seconds(lambda m=s.theirs(): get_peft_model(m, TinyLoraConfig(r=2, u=1, weight_tying=1.0, target_modules=NAMES)))[0])
     result["the model"] = {side: round(median(x), 2) for side, x in got.items()}
     result["the model"]["ratio"] = round(result["the model"]["theirs"] / result["the model"]["ours"], 1)
     print(f"wrap, the model: {result['the model']}", flush=True)
