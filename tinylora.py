@@ -54,15 +54,15 @@ VERSION = "1"
 
 
 @torch.no_grad()
-def truncated_svd(W, rank, tol=1e-5, max_iters=100):
+def truncated_svd(W, rank, tol=1e-5):
     """The top `rank` singular triplets of W (m, n), in fp32: U (m, rank), S (rank,), V (n, rank), residual.
 
-    Subspace iteration on W^T W that keeps its past: each round adds the residuals of the leading Ritz vectors to an
-    orthonormal basis and solves the small problem again (block Lanczos with thick restarts), so a few passes over W
-    do what dozens of plain power iterations do. It stops when ||W^T u_i - s_i v_i|| <= tol * s_1 for every i; that
-    largest residual, divided by s_1, is returned. Nearly equal singular values may stop it short; then a full SVD
-    settles the matter. Signs: the entries of each u sum to a positive number (u and v flip together).
-    InputError: the rank does not fit, or W holds NaN or infinity.
+    Subspace iteration on W^T W that keeps its past (block Lanczos with thick restarts): a pass adds to an orthonormal
+    basis what W^T W makes of the last block, and after every three the small problem in that basis is solved, so a few
+    passes over W do what dozens of plain power iterations do. It stops when ||W^T u_i - s_i v_i|| <= tol * s_1 for every
+    i; that largest residual, divided by s_1, is returned. Nearly equal singular values may stop it short; then a full
+    SVD settles the matter, as it does where W is so small that the basis would fill the space. Signs: the entries of
+    each u sum to a positive number (u and v flip together). InputError: the rank does not fit, or W holds NaN or infinity.
     """
     m, n = W.shape
     if W.is_meta:  # shapes are enough to count a 7B model's trainable numbers
@@ -70,36 +70,37 @@ def truncated_svd(W, rank, tol=1e-5, max_iters=100):
     if not 1 <= rank <= min(m, n):
         raise InputError(f"--rank {rank} does not fit a weight of shape {m} x {n}: use 1 to {min(m, n)}")
     W = W.float()
+    if not W.sum().isfinite():
+        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
     A = W if n <= m else W.T  # iterate on the short side
-    width = min(rank + 6, A.shape[1])
-    keep, limit = 2 * width, 8 * width
+    parts = (A,) if W.is_cuda else A.split(max(1, 2**20 // A.shape[1]))  # what a CPU's cache holds between two products
+    width = rank + 6
     block = torch.from_numpy(np.random.RandomState(0).standard_normal((A.shape[1], width))).to(W)
     K = Z = W.new_empty(A.shape[1], 0)  # the basis, and A^T A times it
     residual = math.inf
-    for passes in range(max_iters):
-        for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
-            block = torch.linalg.qr(block - K @ (K.T @ block))[0]
-        block = block[:, :A.shape[1] - K.shape[1]]  # the basis may fill the space; then the result is exact
-        new = (block.T @ A.T @ A).T  # A^T A block; the product with A.T on the left would be several times slower
-        if passes == 0 and not new.isfinite().all():  # whatever is not finite in W is in the first product
-            raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
-        K, Z = torch.cat((K, block), 1), torch.cat((Z, new), 1)
+    for _ in range(25 if A.shape[1] >= 16 * width else 0):
+        for _ in range(3):
+            for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
+                block = torch.linalg.qr(block - K @ (K.T @ block))[0]
+            new = sum(block.T @ a.T @ a for a in parts).T  # A^T A block; with A.T on the left it would be several times slower
+            K, Z, block = torch.cat((K, block), 1), torch.cat((Z, new), 1), new
         small = (K.T @ Z).double()
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
-        vectors = vectors[:, -keep:].flip(1).to(W)  # descending
-        S = values[-keep:].flip(0).clamp(min=1e-30).sqrt().to(W)
+        vectors = vectors[:, -3 * width:].flip(1).to(W)  # descending
+        S = values[-width:].flip(0).clamp(min=1e-30).sqrt().to(W)
         lead = vectors[:, :width]
         right = K @ lead
-        block = Z @ lead - right * S[:width]**2
+        block = Z @ lead - right * S**2
         norms, top = block[:, :rank].norm(dim=0).tolist(), S[:rank].tolist()
         residual = max(norm / s for norm, s in zip(norms, top)) / top[0]
-        if residual <= tol or K.shape[1] == A.shape[1]:
+        if residual <= tol:
             break
-        if K.shape[1] >= limit:
+        if K.shape[1] >= 12 * width:
             K, Z = K @ vectors, Z @ vectors
-    right, S = right[:, :rank], S[:rank]
-    left = A @ right / S
-    if residual > 10 * tol:
+    if residual <= 10 * tol:
+        right, S = right[:, :rank], S[:rank]
+        left = A @ right / S
+    else:
         left, S, right = torch.linalg.svd(A, full_matrices=False)
         left, S, right, residual = left[:, :rank], S[:rank], right[:rank].T, 0.0
     U, V = (left, right) if A is W else (right, left)
