@@ -80,7 +80,7 @@ def truncated_svd(W, rank, tol=1e-5):
     residual = math.inf
     for _ in range(25 if A.shape[1] >= 16 * width else 0):
         for _ in range(3):
-            for _ in range(2):  # twice is enough: the second pass removes what rounding left of the first
+            for _ in range(3):  # twice is enough in theory; once the basis holds all of W, what a block adds is rounding, itself mostly in the basis
                 block = torch.linalg.qr(block - K @ (K.T @ block))[0]
             new = sum(block.T @ a.T @ a for a in parts).T  # A^T A block; with A.T on the left it would be several times slower
             K, Z, block = torch.cat((K, block), 1), torch.cat((Z, new), 1), new

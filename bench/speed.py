@@ -3,6 +3,8 @@
     rollout   tokens/s of sampling: generate of transformers (default and static cache)
     step      seconds of one whole GRPO step, rollout and update: TRL's GRPOTrainer with PEFT's TinyLoRA
     wrap      seconds to put TinyLoRA on one 18944 x 3584 matrix, and on the model: PEFT's TinyLoRA
+    start     seconds to put TinyLoRA on the 196 matrices of Qwen2.5-7B's shape, given --model's singular values (two layers x 14),
+              and what the adapter adds to a forward of those two layers
     memory    peak resident memory of an update of 32 responses of 128 tokens, each in a process of its own: TRL's
     many      64 rows with 64 different v's: against 64 rows with one v
     skew      10% of rows run to the limit and the rest to a quarter of it: against decoding every row to the end
@@ -36,7 +38,8 @@ import grpo
 import gsm8k
 import model as transformer
 import tinylora
-from scale import limited, seconds
+from files import Config
+from scale import limited, seconds, share
 
 QUESTIONS = ["There are {} shells in the box of Omar. Then he loses {}. He gets {} more from Eva. How many shells does Omar have left?",
              "Mia has {} nuts. Then she gives {} to Jack. She picks up {} more. How many nuts does Mia have in the end?"]
@@ -202,6 +205,28 @@ def wrap(args):
     return result
 
 
+def start(args):
+    """Two layers of the 7B's shape; each matrix gets random singular vectors and the values of one of --model's."""
+    small = transformer.load(args.model)
+    with torch.device("meta"):
+        large = transformer.Transformer(Config("qwen2", 1000, 3584, 18944, 2, 28, 4, 128, 1e-6, 1e6, None, True))
+    large = large.to_empty(device="cpu").requires_grad_(False)
+    for weight in large.parameters():
+        weight.fill_(1.0)
+    large.rope_freqs = transformer.rope_frequencies(large.config)
+    rng, layers = np.random.RandomState(0), len(small.layers)
+    for layer, source in zip(large.layers, (small.layers[layers // 6], small.layers[-layers // 4])):
+        for target in tinylora.TARGETS:
+            weight, S = layer.get_submodule(target).weight, torch.linalg.svdvals(source.get_submodule(target).weight)
+            U, V = (torch.linalg.qr(torch.from_numpy(rng.standard_normal((n, len(S)))).float())[0] for n in weight.shape)
+            weight.copy_(U * S @ V.T)
+    took, v = seconds(lambda: tinylora.adapt(large, 13))
+    result = {"seconds": round(14 * took, 1), "worst residual": f"{max(m.residual for m in large.modules() if hasattr(m, 'residual')):.0e}",
+              "the adapter's part of a forward, percent": {n: share(large, n, 2 * args.rounds + 1) for n in (32, 256, 1024)}}
+    print(f"start: {result}", flush=True)
+    return result
+
+
 def peak_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -311,7 +336,7 @@ def main():
     if args.what == ["memory_of"]:
         return memory_of(args)
     print(f"{args.model}: {args.problems} problems x {args.group}, {args.tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    kinds = {"many": many, "rollout": rollout, "step": step, "wrap": wrap, "memory": memory, "skew": skew}
+    kinds = {"many": many, "start": start, "rollout": rollout, "step": step, "wrap": wrap, "memory": memory, "skew": skew}
     print(json.dumps({what: kinds[what](args) for what in args.what}))
 
 
