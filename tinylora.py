@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from files import InputError, replacing
+from model import linear
 
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # in forward order: tiling runs over them so
@@ -132,8 +133,8 @@ class TinyLoRALinear(nn.Module):
 
     def forward(self, x):  # (N, d_in) -> (N, d_out)
         y = self.base(x)
-        V, Rt, SUt = self.held or self.factors()
-        h = torch.mm(x, V).to(Rt.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
+        Vt, Rt, SUt = self.held or self.factors()
+        h = linear(x, Vt).to(Rt.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
         if self.bank.which is None:
             h = torch.mm(h, Rt)
         else:  # every token has an R of its own
@@ -141,8 +142,8 @@ class TinyLoRALinear(nn.Module):
         return y.addmm_(h.to(x.dtype), SUt)
 
     def factors(self):
-        """V (d_in, r), R^T, (U S)^T (r, d_out)."""
-        return self.Vt.T, self.core().mT, self.US.T
+        """V^T (r, d_in), R^T, (U S)^T (r, d_out)."""
+        return self.Vt, self.core().mT, self.US.T
 
 
 @contextmanager
@@ -152,8 +153,8 @@ def held(model):
     try:
         with torch.no_grad():
             for m in modules:
-                V, Rt, SUt = m.factors()
-                m.held = V, m.kept.copy_(Rt) if m.bank.v is None else Rt, SUt
+                Vt, Rt, SUt = m.factors()
+                m.held = Vt, m.kept.copy_(Rt) if m.bank.v is None else Rt, SUt
         yield
     finally:
         for m in modules:
@@ -269,7 +270,7 @@ def adapt(model, params=None, u=None, n_tie=None, tie="tiled", rank=2, seed=0, m
     # On a CPU a matrix a thread, not all threads on one matrix: faster, for the products are small, and no sum depends on how many
     # threads there are. 8 at most: each may hold a copy of its matrix in fp32.
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(threads, 8))
+    pool = ThreadPoolExecutor(min(threads, 8), initializer=torch.set_num_threads, initargs=(1,))  # LAPACK asks the thread that calls it
     each = pool.map if weight.device.type == "cpu" else map
     try:
         torch.set_num_threads(1)

@@ -94,11 +94,12 @@ def limited(limit):
 
 @torch.no_grad()
 def share(model, tokens, rounds):
-    """What the adapter's branch adds to a forward of (1, tokens), percent: with and without it in turn, the median of the rounds' ratios."""
+    """What the adapter's branch adds to a forward of (1, tokens), percent: with and without it in turn, the median of the rounds' ratios; R made once, as in sampling."""
     ids = torch.arange(tokens, device=model.embed_tokens.weight.device)[None] % 500
     real, ratios = tinylora.TinyLoRALinear.forward, []
     for _ in range(rounds + 1):
-        adapted = seconds(lambda: model.hidden(ids))[0]
+        with tinylora.held(model):
+            adapted = seconds(lambda: model.hidden(ids))[0]
         tinylora.TinyLoRALinear.forward = lambda self, x: self.base(x)
         try:
             ratios.append(adapted / seconds(lambda: model.hidden(ids))[0])
