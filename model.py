@@ -105,7 +105,7 @@ def products(q, k, v, bias, prompt):
 
 
 def linear(x, W, bias=None):
-    """F.linear; few rows and a large weight on a CPU are multiplied the other way round, by a kernel up to 1.5 times faster."""
+    """F.linear; on a CPU few rows are multiplied the other way round where W is large, by a kernel up to 1.5 times faster, or where x lies turned."""
     if x.is_cuda or x.dim() > 2 or not 1 < len(x) <= 256 or (W.numel() < 2**18 and x.stride(1) == 1):
         return F.linear(x, W, bias)
     if len(W) >= 2**14 and bias is None:  # a vocabulary, in parts: each is turned back while the processor's cache holds it
