@@ -155,14 +155,15 @@ def test_rows_share_their_prompts_keys(kw):
 
 
 def test_linear_whichever_way_its_input_lies():
-    """The CPU's other way round, for few rows and many, from inputs laid either way, with a bias and without."""
+    """The CPU's other way round, for few rows and many, large weights and small, from inputs laid either way, with a bias and without."""
     rng = np.random.RandomState(0)
-    W, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((700, 400), (700,)))
-    for rows in (1, 2, 11, 12, 256, 257):
-        x = torch.from_numpy(rng.standard_normal((rows, 400)))
-        for laid in (x, x.T.contiguous().T):
-            for b in (None, bias):
-                torch.testing.assert_close(transformer.linear(laid, W, b), x @ W.T + (0 if b is None else b), atol=1e-11, rtol=0)
+    for d_out in (700, 90):
+        W, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((d_out, 400), (d_out,)))
+        for rows in (1, 2, 11, 12, 256, 257):
+            x = torch.from_numpy(rng.standard_normal((rows, 400)))
+            for laid in (x, x.T.contiguous().T):
+                for b in (None, bias):
+                    torch.testing.assert_close(transformer.linear(laid, W, b), x @ W.T + (0 if b is None else b), atol=1e-11, rtol=0)
 
 
 @needs_transformers

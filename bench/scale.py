@@ -58,15 +58,15 @@ def ceilings(args):
     return 2 * size / copying, 2 * n**3 / product
 
 
-def random_model(shape, args):
-    """A Transformer of this shape with random weights."""
+def random_model(shape, device, dtype):
+    """A Transformer of this shape, as in SHAPES, with random weights."""
     with torch.device("meta"):
-        model = transformer.Transformer(Config("qwen2", *SHAPES[shape][:7], 1e-6, 1e6, None, SHAPES[shape][7]))
-    model = model.to_empty(device=args.device).to(args.dtype).requires_grad_(False)
-    generator = torch.Generator(args.device).manual_seed(0)
+        model = transformer.Transformer(Config("qwen2", *shape[:7], 1e-6, 1e6, None, shape[7]))
+    model = model.to_empty(device=device).to(dtype).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
-    model.rope_freqs = transformer.rope_frequencies(model.config).to(args.device)
+    model.rope_freqs = transformer.rope_frequencies(model.config).to(device)
     return model.eval()
 
 
@@ -108,14 +108,19 @@ def share(model, tokens, rounds):
     return round(100 * (statistics.median(ratios[1:]) - 1), 1)
 
 
+def wrapped(model, rounds):
+    """Put 13 numbers on the model: v, and what that took and adds."""
+    took, v = seconds(lambda: tinylora.adapt(model, 13))
+    with torch.no_grad():
+        v.normal_(0, 1e-3)
+    return v, {"wrap seconds": round(took, 2), "worst residual": f"{max(m.residual for m in model.modules() if hasattr(m, 'residual')):.0e}",
+               "the adapter's part of a forward, percent": {n: share(model, n, rounds) for n in (32, 256, 1024)}}
+
+
 class Bench:
     def __init__(self, shape, args):
-        self.args, self.rng, self.model = args, np.random.RandomState(0), random_model(shape, args)
-        took, self.v = seconds(lambda: tinylora.adapt(self.model, 13))
-        with torch.no_grad():
-            self.v.normal_(0, 1e-3)
-        self.wrap = {"wrap seconds": round(took, 2), "worst residual": f"{max(m.residual for m in self.model.modules() if hasattr(m, 'residual')):.0e}",
-                     "the adapter's part of a forward, percent": {n: share(self.model, n, 5 * args.rounds) for n in (32, 256, 1024)}}
+        self.args, self.rng, self.model = args, np.random.RandomState(0), random_model(SHAPES[shape], args.device, args.dtype)
+        self.v, self.wrap = wrapped(self.model, 5 * args.rounds)
         c = self.model.config
         self.weights = sum(w.numel() for n, w in self.model.named_parameters() if n != "embed_tokens.weight" or c.tie_word_embeddings)
         self.kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.embed_tokens.weight.element_size()  # per token

@@ -38,8 +38,7 @@ import grpo
 import gsm8k
 import model as transformer
 import tinylora
-from files import Config
-from scale import limited, seconds, share
+from scale import SHAPES, limited, random_model, seconds, wrapped
 
 QUESTIONS = ["There are {} shells in the box of Omar. Then he loses {}. He gets {} more from Eva. How many shells does Omar have left?",
              "Mia has {} nuts. Then she gives {} to Jack. She picks up {} more. How many nuts does Mia have in the end?"]
@@ -208,21 +207,16 @@ def wrap(args):
 def start(args):
     """Two layers of the 7B's shape; each matrix gets random singular vectors and the values of one of --model's."""
     small = transformer.load(args.model)
-    with torch.device("meta"):
-        large = transformer.Transformer(Config("qwen2", 1000, 3584, 18944, 2, 28, 4, 128, 1e-6, 1e6, None, True))
-    large = large.to_empty(device="cpu").requires_grad_(False)
-    for weight in large.parameters():
-        weight.fill_(1.0)
-    large.rope_freqs = transformer.rope_frequencies(large.config)
+    _, hidden, mid, _, *heads, _ = SHAPES["7B"]
+    large = random_model((1000, hidden, mid, 2, *heads, True), "cpu", torch.float32)
     rng, layers = np.random.RandomState(0), len(small.layers)
     for layer, source in zip(large.layers, (small.layers[layers // 6], small.layers[-layers // 4])):
         for target in tinylora.TARGETS:
             weight, S = layer.get_submodule(target).weight, torch.linalg.svdvals(source.get_submodule(target).weight)
             U, V = (torch.linalg.qr(torch.from_numpy(rng.standard_normal((n, len(S)))).float())[0] for n in weight.shape)
             weight.copy_(U * S @ V.T)
-    took, v = seconds(lambda: tinylora.adapt(large, 13))
-    result = {"seconds": round(14 * took, 1), "worst residual": f"{max(m.residual for m in large.modules() if hasattr(m, 'residual')):.0e}",
-              "the adapter's part of a forward, percent": {n: share(large, n, 2 * args.rounds + 1) for n in (32, 256, 1024)}}
+    _, figures = wrapped(large, 2 * args.rounds + 1)
+    result = {"seconds": round(14 * figures.pop("wrap seconds"), 1)} | figures
     print(f"start: {result}", flush=True)
     return result
 
