@@ -63,8 +63,11 @@ class Cache(Columns):
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end], prompt
 
     def share(self, rows, size):
-        """To go on with, `size` tokens at most: row i continues row rows[i] (B,), sorted. Nothing is copied: the rows of a group read one prompt."""
-        layers, heads, _, _, head_dim = self.k.shape
+        """To go on with, `size` tokens at most: row i continues row rows[i] (B,), sorted. Nothing is copied, the rows of a group read one prompt,
+        unless there are fewer than two rows a prompt: to read a prompt's columns apart from a row's own costs more than it saves then."""
+        layers, heads, prompts, _, head_dim = self.k.shape
+        if len(rows) < 2 * prompts:
+            return self.keep(rows, size)
         new = self.child(rows, size)
         new.allocate(self.k, layers, heads, len(rows), size, head_dim)
         new.prompt, new.start = self, self.used
@@ -79,18 +82,27 @@ class Cache(Columns):
         slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows] + rows * group
         self.slots = None if len(rows) == self.places else slots
 
-    def keep(self, rows):
-        """A copy with some of the rows of a shared one."""
-        new, (layers, heads, _, size, head_dim), used = self.child(rows, self.position.shape[1] - self.used), self.k.shape, self.used - self.start
-        new.allocate(self.k, layers, heads, len(rows), size, head_dim)
-        for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
-            new.k[layer, :, :, :used] = self.k[layer][:, rows, :used]
-            new.v[layer, :, :, :used] = self.v[layer][:, rows, :used]
-        left, numbers = self.rows[rows].unique(return_inverse=True)
-        if len(left) < self.prompt.k.shape[2]:
-            new.prompt = copy(self.prompt)
-            new.prompt.k, new.prompt.v = self.prompt.k[:, :, left], self.prompt.v[:, :, left]
-        new.number(numbers)
+    def keep(self, rows, size=None):
+        """A copy with some of the rows, and room for `size` more tokens (None: for as many as there was)."""
+        layers, heads, _, _, head_dim = self.k.shape
+        new, used = self.child(rows, self.position.shape[1] - self.used if size is None else size), self.used - self.start
+        if self.prompt is not None:
+            left, numbers = self.rows[rows].unique(return_inverse=True)
+            if len(rows) < 2 * len(left):  # as in share: the prompts' columns become the rows' own
+                new.prompt, new.start = None, 0
+            else:
+                if len(left) < self.prompt.k.shape[2]:
+                    new.prompt = copy(self.prompt)
+                    new.prompt.k, new.prompt.v = self.prompt.k[:, :, left], self.prompt.v[:, :, left]
+                new.number(numbers)
+        new.allocate(self.k, layers, heads, len(rows), new.position.shape[1] - new.start, head_dim)
+        taken = self.start - new.start
+        for name in "kv":
+            for layer in range(layers):  # layer by layer, so that no second copy of the whole is made on the way
+                mine = getattr(new, name)[layer]
+                mine[:, :, taken:taken + used] = getattr(self, name)[layer][:, rows, :used]
+                if taken:
+                    mine[:, :, :taken] = getattr(self.prompt, name)[layer][:, self.rows[rows], :taken]
         return new
 
 

@@ -113,7 +113,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    with tinylora.held(model):
+    with torch.inference_mode(), tinylora.held(model):  # (what is written in place here was made outside and stays an ordinary tensor)
         for t in range(max_new_tokens):
             logits = model.logits(hidden, vocab)
             token, logp = sample(logits, 1.0, None) if noise is None else sample(logits, temperature, noise[rows, t])

@@ -26,16 +26,17 @@ from files import InputError, read_config, shard_files
 
 
 def rope_frequencies(config):
-    """The head_dim/2 rotary frequencies, radians per position, fp32, with Llama 3's scaling where configured."""
+    """(head_dim,) rotary frequencies, radians per position, fp32, with Llama 3's scaling where configured; the first half negative: see rotate."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     freqs = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
-        return freqs
+        return torch.cat((-freqs, freqs))
     s = config.rope_scaling  # long wavelengths are stretched by `factor`, short ones kept, those between blended
     wavelength = 2 * math.pi / freqs
     turns = s["original_max_position_embeddings"] / wavelength
     keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    return keep * freqs + (1 - keep) * freqs / s["factor"]
+    freqs = keep * freqs + (1 - keep) * freqs / s["factor"]
+    return torch.cat((-freqs, freqs))
 
 
 def upcast(x):
@@ -46,7 +47,7 @@ def upcast(x):
 def rotate(x, cos, sin):
     """Rotary positions the Hugging Face way: the two HALVES (a, b) of a head pair up, not neighbouring elements.
 
-    (a cos - b sin, b cos + a sin); here the first half of `sin` comes with its sign flipped already.
+    (a cos - b sin, b cos + a sin); the first half of the angles comes negative, and so does that of `sin`.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -106,7 +107,7 @@ def products(q, k, v, bias, prompt):
 
 def linear(x, W, bias=None):
     """F.linear; on a CPU few rows are multiplied the other way round where W is large, by a kernel up to 1.5 times faster, or where x lies turned."""
-    if x.is_cuda or x.dim() > 2 or not 1 < len(x) <= 256 or (W.numel() < 2**18 and x.stride(1) == 1):
+    if x.is_cuda or x.dim() > 2 or not 1 < x.shape[0] <= 256 or (W.numel() < 2**18 and x.stride(1) == 1):
         return F.linear(x, W, bias)
     if len(W) >= 2**14 and bias is None:  # a vocabulary, in parts: each is turned back while the processor's cache holds it
         return torch.cat([linear(x, part) for part in W.split(2048)], 1)
@@ -201,10 +202,9 @@ class Transformer(nn.Module):
             if cache.which is not None:
                 which = cache.which[:, None].expand(B, T).flatten()
                 self.bank.which = which if places is None else which[places]
-        angle = positions.flatten()[:, None, None] * self.rope_freqs  # (N, 1, head_dim / 2), fp32
+        angle = positions.flatten()[:, None, None] * self.rope_freqs  # (N, 1, head_dim), fp32
         x = self.embed_tokens(ids.flatten())  # (N, C)
-        sin = torch.cat((-angle.sin(), angle.sin()), -1)  # see rotate
-        rope, grid = (angle.cos().repeat(1, 1, 2).to(x.dtype), sin.to(x.dtype)), (B, T, places)
+        rope, grid = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), (B, T, places)
         bias = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)
         for block in self.layers:
             x = checkpoint(block, x, rope, grid, bias, cache, use_reentrant=False) if recompute else block(x, rope, grid, bias, cache)

@@ -137,21 +137,30 @@ def test_cache_gives_the_numbers_of_one_pass(kw):
 
 @pytest.mark.parametrize("kw", MODELS, ids=str)
 def test_rows_share_their_prompts_keys(kw):
-    """Rows continue one prefill, full groups and ragged ones, in one token and in several, while some leave; no row touches another's keys."""
+    """Rows continue one prefill, full groups and ragged ones, in one token and in several, while some leave; no row touches another's keys. Where
+    few rows a prompt are left, at once or in the end, they take copies of it."""
     model = tiny(dtype=torch.float64, **kw)  # exact enough to tell a wrong number from rounding
-    prompts, rng = [[1, 2, 3], [4], [5, 6], [7, 8, 9]], np.random.RandomState(0)
-    for rows in ([0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 1, 3, 3], [2]):
+    prompts, rng, seen = [[1, 2, 3], [4], [5, 6], [7, 8, 9]], np.random.RandomState(0), set()
+
+    def kind(cache):
+        return "apart" if cache.prompt is None else "full groups" if cache.slots is None else "ragged"
+
+    for rows in ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [0, 0, 0, 0, 0, 1, 3, 3], [0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 1, 3, 3], [2]):
         cache = Cache(model, 4, 5)
         model(grpo.pad(prompts, "cpu"), cache, torch.tensor([len(p) for p in prompts]))
         cache, texts = cache.share(torch.tensor(rows), 10), [list(prompts[i]) for i in rows]
-        for chunk, keep in ((1, None), (3, [0, 1, 4]), (1, [1, 2]), (2, None), (1, [1])):
+        assert (kind(cache) == "apart") == (len(rows) < 8)
+        for chunk, keep in ((1, None), (3, [0, 1, 2, 4, 5]), (1, [2, 3]), (2, None), (1, [1])):
             new = rng.randint(0, 50, (len(texts), chunk)).tolist()
             texts = [text + more for text, more in zip(texts, new)]
             got = model(torch.tensor(new), cache)
             for i, text in enumerate(texts):
                 torch.testing.assert_close(got[i], model(torch.tensor([text]))[0, -chunk:], atol=1e-11, rtol=1e-11)
             if keep and max(keep) < len(texts):
-                cache, texts = cache.keep(torch.tensor(keep)), [texts[i] for i in keep]
+                before, cache, texts = cache, cache.keep(torch.tensor(keep)), [texts[i] for i in keep]
+                seen.add((kind(before), kind(cache)))
+    ways = [("full groups", "ragged"), ("full groups", "apart"), ("ragged", "ragged"), ("ragged", "full groups"), ("ragged", "apart"), ("apart", "apart")]
+    assert seen >= set(ways)
 
 
 def test_linear_whichever_way_its_input_lies():
@@ -395,18 +404,43 @@ def test_the_layer_is_the_formula():
 
 @torch.no_grad()
 def test_R_is_not_rounded_on_a_bf16_model():
-    """Bug 14's cousin: a step of v that bf16 cannot see (1e-4 of 1) still moves the layer's output."""
+    """Bug 14's cousin: a step of v that bf16 cannot see (1e-4 of 1) still moves the layer's output, in training and in sampling."""
     model = tiny(dtype=torch.bfloat16)
     v = tinylora.adapt(model, 1)
     layer = model.layers[0].mlp.up_proj
     layer.base.weight.zero_()  # only U S R V^T x is left to see
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((500, 32))).bfloat16()
-    outputs, cores = [], []
+    outputs, sampled, cores = [], [], []
     for value in (1.0, 1.0001):
         v.fill_(value)
         outputs.append(layer(x))
+        with tinylora.held(model):
+            sampled.append(layer(x))
         cores.append(layer.core().bfloat16())
-    assert torch.equal(*cores) and 0.001 < (outputs[0] != outputs[1]).float().mean() < 0.5
+    assert torch.equal(*cores)
+    for first, second in (outputs, sampled):
+        assert 0.001 < (first != second).float().mean() < 0.5
+
+
+@torch.no_grad()
+def test_sampling_holds_the_same_layer():
+    """`held` computes R (U S)^T once: the plain forward's function, in bf16 as near to the formula; v's next value is seen by the next block."""
+    for dtype, tol in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        model = tiny(dtype=dtype)
+        v = tinylora.adapt(model, u=3, n_tie=5, seed=7)
+        for seed in (0, 1):
+            random_v(v, seed=seed)
+            with tinylora.held(model):
+                for module in [m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]:
+                    module.base.weight.zero_()  # only U S R V^T x is left to see
+                    module.base.bias = None
+                    x = torch.from_numpy(np.random.RandomState(0).standard_normal((500, module.Vt.shape[1]))).to(dtype)
+                    exact = x.double() @ module.Vt.T.double() @ module.core().T.double() @ module.US.T.double()
+                    assert module.held is not None
+                    held, kept, module.held = module(x), module.held, None
+                    plain, module.held = module(x), kept
+                    assert all((y - exact).norm() < tol * exact.norm() for y in (held, plain))
+            assert all(m.held is None for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear))
 
 
 GOLDEN_P = [-0.43666387, 0.22524047, 0.48923835, 0.26245433]

@@ -124,7 +124,7 @@ class TinyLoRALinear(nn.Module):
         self.register_buffer("Vt", V.T.to(W.dtype).contiguous(), persistent=False)       # (r, d_in)
         self.register_buffer("US", (U * S).to(W.dtype).contiguous(), persistent=False)   # (d_out, r)
         self.register_buffer("P", P.to(v), persistent=False)  # (u, r, r), fp32
-        self.register_buffer("kept", torch.zeros_like(self.P[0]), persistent=False)  # R^T, where it does not change
+        self.register_buffer("RSUt", W.new_zeros(P.shape[-1], len(W)), persistent=False)  # R (U S)^T (r, d_out), inside `held`
 
     def core(self):
         """R (r, r), in v's precision; inside `many` one for each of its v's, (A, r, r)."""
@@ -132,29 +132,24 @@ class TinyLoRALinear(nn.Module):
         return (v[..., self.group, :] @ self.P.flatten(1)).unflatten(-1, self.P.shape[1:])
 
     def forward(self, x):  # (N, d_in) -> (N, d_out)
-        y = self.base(x)
-        Vt, Rt, SUt = self.held or self.factors()
-        h = linear(x, Vt).to(Rt.dtype)  # (N, r); R stays fp32: rounded to bf16, a small step of v would vanish
-        if self.bank.which is None:
-            h = torch.mm(h, Rt)
-        else:  # every token has an R of its own
-            h = torch.einsum("nj,nji->ni", h, Rt[self.bank.which])
+        y, h = self.base(x), linear(x, self.Vt)  # (N, d_out), (N, r)
+        Rt, SUt = self.held or (self.core().mT, self.US.T)
+        if Rt is not None:
+            h = h.to(Rt.dtype)  # R stays fp32: rounded to bf16, a small step of v would vanish
+            h = torch.mm(h, Rt) if self.bank.which is None else torch.bmm(h[:, None], Rt[self.bank.which])[:, 0]  # every token has an R of its own
         return y.addmm_(h.to(x.dtype), SUt)
-
-    def factors(self):
-        """V^T (r, d_in), R^T, (U S)^T (r, d_out)."""
-        return self.Vt, self.core().mT, self.US.T
 
 
 @contextmanager
 def held(model):
-    """Inside the block v does not change, so R is computed once and not for every token: for sampling. (In place, where a CUDA graph looks for it.)"""
+    """Inside the block v does not change, so R (U S)^T is computed once and not for every token: for sampling. W stays apart, and rounding R (U S)^T
+    to bf16 costs what rounding R V^T x costs otherwise (tested). In place, where a CUDA graph looks for it. Inside `many` only R is held."""
     modules = [m for m in model.modules() if isinstance(m, TinyLoRALinear)]
     try:
         with torch.no_grad():
             for m in modules:
-                Vt, Rt, SUt = m.factors()
-                m.held = Vt, m.kept.copy_(Rt) if m.bank.v is None else Rt, SUt
+                Rt, SUt = m.core().mT, m.US.T
+                m.held = (None, m.RSUt.copy_(Rt.double() @ SUt.double())) if m.bank.v is None else (Rt, SUt)
         yield
     finally:
         for m in modules:
