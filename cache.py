@@ -122,7 +122,7 @@ class Prefix(Columns):
         return *(torch.cat((prompt[:, self.rows], own), 2) for prompt, own in zip(self.kv[layer], (k, v))), None
 
     def share(self, rows, size):
-        """To go on with, for responses of `size` tokens: response i continues prompt rows[i]."""
+        """To go on with, once, for responses of `size` tokens: response i continues prompt rows[i]."""
         new = self.child(rows, size)
-        new.rows = rows
+        new.rows, self.kv = rows, {}  # the first pass's checkpoints hold `self`: if it went on holding what they computed, a pass given up would never be freed
         return new

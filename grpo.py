@@ -124,7 +124,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature=1.0, n
             if t + 1 == max_new_tokens:
                 break
             if t % check_every == check_every - 1:
-                left = (~done).nonzero()[:, 0]  # the only host sync
+                left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep, nowhere else
                 if progress:
                     progress(t + 1, B - len(left))
                 if len(left) == 0:

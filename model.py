@@ -60,7 +60,7 @@ def to_grid(x, B, T, real):
 
 
 def attend(q, k, v, bias, prompt=None):
-    """q (B, T, H, D), k and v (KV, B, S, D), bias (B, T, columns), 0 or -inf, or None for plain causal -> (B * T, H * D). prompt: see Cache.share."""
+    """q (B, T, H, D), k and v (KV, B, S, D), bias as Transformer.bias makes it, or None for plain causal -> (B * T, H * D). prompt: see Cache.share."""
     (B, T, H, D), KV = q.shape, len(k)
     if bias is None:  # whole sequences, S == T: every fused kernel takes this form
         k, v = (t.transpose(0, 1).repeat_interleave(H // KV, dim=1) for t in (k, v))
@@ -69,7 +69,6 @@ def attend(q, k, v, bias, prompt=None):
     # (is_causal would be wrong here: torch aligns it top-left; and enable_gqa with a mask drops to slow kernels.)
     R = H // KV * T
     q = q.unflatten(2, (KV, -1)).permute(2, 0, 3, 1, 4).contiguous().view(KV, B, R, D)
-    bias = bias[:, None].expand(B, H // KV, T, -1).reshape(1, B, R, -1)
     if T > 1 and prompt is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
@@ -205,10 +204,21 @@ class Transformer(nn.Module):
         angle = positions.flatten()[:, None, None] * self.rope_freqs  # (N, 1, head_dim), fp32
         x = self.embed_tokens(ids.flatten())  # (N, C)
         rope, grid = (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), (B, T, places)
-        bias = None if seen is None else torch.where(seen, 0.0, -math.inf).to(x.dtype)
+        bias = None if seen is None else self.bias(seen, x)
         for block in self.layers:
             x = checkpoint(block, x, rope, grid, bias, cache, use_reentrant=False) if recompute else block(x, rope, grid, bias, cache)
         return to_grid(self.norm(x), *grid)
+
+    def bias(self, seen, like):
+        """What attention adds to its scores, 0 or -inf: seen (B, T, columns) -> (1, B, R, columns), the R = H / KV * T queries of each key head, see attend.
+
+        Made once for all layers, which in training keep it for the backward pass: rows begin at multiples of 8, or fused kernels on a GPU would
+        make, and keep, a copy each.
+        """
+        (B, T, S), group = seen.shape, self.config.num_attention_heads // self.config.num_key_value_heads
+        bias = like.new_full((B, 1, T, -(-S // 8) * 8), -math.inf)
+        bias[:, 0, :, :S].masked_fill_(seen, 0)
+        return bias.expand(B, group, T, -1).reshape(1, B, group * T, -1)[..., :S]
 
     def logits(self, hidden, vocab=None):
         """(..., C) -> (..., vocab): the head, cut to the ids that the tokenizer really has (None: all)."""

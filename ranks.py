@@ -39,11 +39,11 @@ def company():
 
 
 def join(device):
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # captures and memory figures are the current device's
     if LAUNCHED:
         if RANK:
             sys.stdout = open(os.devnull, "w")
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
         with company():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
 

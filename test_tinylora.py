@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # the tests are the CPU's, and ask no hub; before the imports
@@ -1066,6 +1067,44 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch):
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         gradient(v, model, data, 2000)
+
+
+def test_training_keeps_no_more_than_it_must():
+    """No linear's input is kept, as only a weight's gradient would need it, and the mask is kept once, not once a layer."""
+    model = tiny(layers=3)
+    tinylora.adapt(model, 13)
+    prompts, ids, mask, _ = rollout(model)
+    inputs, kept = [], []
+    for module in model.modules():
+        if isinstance(module, tinylora.TinyLoRALinear):
+            module.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
+        grpo.logprobs(model, prompts, ids, mask)
+    kept_at, R = {x.untyped_storage().data_ptr() for x in kept}, 2 * (ids.shape[1] - 1)
+    assert len(inputs) == 2 * 3 * 7 and not kept_at & {x.untyped_storage().data_ptr() for x in inputs}
+    assert len({x.untyped_storage().data_ptr() for x in kept if x.dim() == 4 and x.shape[:3] == (1, len(ids), R)}) == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pass_given_up_leaves_nothing(recompute):
+    """When memory runs out the next try needs what the failed one held: checkpoints and the keys they computed held each other for good."""
+    model = tiny(layers=3)
+    tinylora.adapt(model, 13)
+    prompts, ids, mask, _ = rollout(model)
+    outputs = []
+
+    def note(block, given, x):
+        outputs.append(weakref.ref(x))
+        if len(outputs) == fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    model.layers[1].register_forward_hook(note)
+    for fails in (None, 1, 2):
+        outputs.clear()
+        try:
+            grpo.logprobs(model, prompts, ids, mask, recompute=recompute)
+        except torch.OutOfMemoryError:
+            pass
+        assert len(outputs) == (fails or 2) and all(ref() is None for ref in outputs), fails
 
 
 # ---------------------------------------------------------------------------------------------------- gsm8k.py

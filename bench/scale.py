@@ -1,14 +1,15 @@
 """How time grows with batch, group, length and model size, and how far it is from what the machine allows: python bench/scale.py
 
-    on a GPU    everything in one call: Qwen2.5's 0.5B, 1.5B and 7B shapes in bf16, batches of 16, 64 and 256, with and without
-                graph.py, and what the paper's recipe would take (about 350 steps of 256 responses, 27M response tokens)
+    on a GPU    everything in one call: Qwen2.5's 7B, 1.5B and 0.5B shapes in bf16, what the paper's recipe would take (about 350 steps of
+                256 responses, 27M response tokens), then batches of 16, 64 and 256, with and without graph.py
     on a CPU    the toy's and SmolLM2-135M's shapes in fp32
 
 Weights are random, which is right for speed alone. Ceilings are measured first: bytes/s of a large copy, FLOP/s of a large matmul.
 A decode step must read every weight and every key and value once (a prompt's once for its group) and multiply by every weight;
 its ceiling is the slower of the two. An update must do 4 FLOP a weight and token (forward, and backward to the activations; the
-weights' own gradients are not needed). Times are medians of --rounds; a decode step's is the difference of two rollouts' lengths,
-so the prompts' pass is not in it. The last line is JSON.
+weights' own gradients are not needed; the head's second forward is not counted). Times are medians of --rounds; a decode step's is the
+difference of two rollouts' lengths, so the prompts' pass is not in it. What fails costs its own figures only, and nothing is begun after
+--minutes. The last line is JSON.
 """
 import argparse
 import contextlib
@@ -64,8 +65,15 @@ def random_model(shape, device, dtype):
         model = transformer.Transformer(Config("qwen2", *shape[:7], 1e-6, 1e6, None, shape[7]))
     model = model.to_empty(device=device).to(dtype).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size):
+        return torch.empty(size, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+
     for name, weight in model.named_parameters():
-        weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
+        weight.fill_(1.0) if "norm" in name else weight.copy_(normal(*weight.shape))
+        if "layers" in name and weight.dim() == 2:  # a few directions stand out of the noise, as in trained weights
+            strength = 150 * torch.arange(1, 9, device=device)**-0.5 / min(weight.shape)**0.5
+            weight.addmm_(normal(len(weight), 8) * strength.to(dtype), normal(8, weight.shape[1]))
     model.rope_freqs = transformer.rope_frequencies(model.config).to(device)
     return model.eval()
 
@@ -118,111 +126,136 @@ def wrapped(model, rounds):
 
 
 class Bench:
-    def __init__(self, shape, args):
-        self.args, self.rng, self.model = args, np.random.RandomState(0), random_model(SHAPES[shape], args.device, args.dtype)
-        self.v, self.wrap = wrapped(self.model, 5 * args.rounds)
-        c = self.model.config
+    def __init__(self, args, ceiling):
+        self.args, self.ceiling, self.rng, self.micro_tokens = args, ceiling, np.random.RandomState(0), args.micro_tokens
+
+    def start(self, shape):
+        self.model = random_model(SHAPES[shape], self.args.device, self.args.dtype)
+        c, embeddings = self.model.config, self.model.embed_tokens.weight
+        self.graphs, self.head = Graphs(self.model), embeddings.numel()
         self.weights = sum(w.numel() for n, w in self.model.named_parameters() if n != "embed_tokens.weight" or c.tie_word_embeddings)
-        self.kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.embed_tokens.weight.element_size()  # per token
+        self.kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * embeddings.element_size()  # per token
+        self.v, figures = wrapped(self.model, 5 * self.args.rounds)
+        return figures
 
     def prompts(self, P):
         return self.rng.randint(0, 500, (P, self.args.prompt)).tolist()
 
-    def decode(self, batch, group, tokens, ceiling, graphs=None):
+    def sample(self, prompts, group, noise, limit=None, graph=False):
+        self.model.graphs = self.graphs if graph else None
+        try:
+            with contextlib.nullcontext() if limit is None else limited(limit):
+                return grpo.generate(self.model, prompts, group, noise.shape[1], [-1], 1.0, noise)
+        finally:
+            self.model.graphs = None
+
+    def decode(self, batch, group, tokens, graph=False):
         prompts, noise = self.prompts(batch // group), self.rng.random_sample((batch, tokens))
-        self.model.graphs = graphs
-        short, long = (median_seconds(lambda: grpo.generate(self.model, prompts, group, n, [-1], 1.0, noise), self.args.rounds) for n in (tokens // 4, tokens))
-        self.model.graphs = None
-        steps = tokens - tokens // 4
-        took = (long - short) / steps
+        short, long = (median_seconds(lambda: self.sample(prompts, group, noise[:, :n], None, graph), self.args.rounds) for n in (tokens // 4, tokens))
+        took = (long - short) / (tokens - tokens // 4)
         columns = self.args.prompt * batch // group + batch * (tokens // 4 + tokens) / 2
         data = self.weights * self.model.embed_tokens.weight.element_size() + self.kv_bytes * columns
-        best = max(data / ceiling[0], 2 * self.weights * batch / ceiling[1])
+        best = max(data / self.ceiling[0], 2 * self.weights * batch / self.ceiling[1])
         return {"ms a step": round(1e3 * took, 2), "tokens/s": round(batch / took), "of the ceiling, percent": round(100 * best / took, 1)}
 
-    def update(self, batch, group, tokens, ceiling):
+    def update(self, batch, group, tokens):
         prompts = [p for p in self.prompts(batch // group) for _ in range(group)]
         ids = torch.from_numpy(self.rng.randint(0, 500, (batch, tokens))).to(self.args.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         took = median_seconds(lambda: self.learn(prompts, ids, mask), self.args.rounds)
-        work = 4 * self.weights * (ids.numel() + self.args.prompt * batch // group)
-        return {"seconds": round(took, 3), "tokens/s": round(ids.numel() / took), "of the ceiling, percent": round(100 * work / ceiling[1] / took, 1)}
+        work = 4 * (self.weights * ids.numel() + (self.weights - self.head) * self.args.prompt * batch // group)
+        return {"seconds": round(took, 3), "tokens/s": round(ids.numel() / took), "of the ceiling, percent": round(100 * work / self.ceiling[1] / took, 1),
+                "tokens a micro-batch": self.micro_tokens}
 
     def learn(self, prompts, ids, mask):
         advantage = torch.tensor([1.0, -1.0], device=ids.device).repeat(len(ids) // 2)
-        grpo.update(self.model, [self.v], torch.optim.AdamW([self.v], lr=0.0), prompts, ids, mask, torch.zeros(ids.shape, device=ids.device), advantage,
-                    lr=[0.0, 0.0], minibatches=2, micro_tokens=self.args.micro_tokens)
+        metrics = grpo.update(self.model, [self.v], torch.optim.AdamW([self.v], lr=0.0), prompts, ids, mask, torch.zeros(ids.shape, device=ids.device), advantage,
+                              lr=[0.0, 0.0], minibatches=2, micro_tokens=self.micro_tokens)
+        self.micro_tokens = metrics["micro_tokens"]  # what fitted, as train.py does
 
-    def recipe(self, graphs):
-        """Hours for 350 steps of 64 problems x 4 responses of 301 tokens on average (27M in all; log-normal lengths, at most 1024): one step, measured."""
+    def recipe(self, graph):
+        """Hours for 350 steps of 64 problems x 4 responses of 301 tokens on average (27M in all; log-normal lengths, at most 1024): one step, measured after another."""
         mean, batch = 301, 256
-        lengths = np.exp(0.5 * self.rng.standard_normal(batch))
+        lengths = np.exp(0.5 * np.random.RandomState(1).standard_normal(batch))
         lengths = torch.from_numpy(np.clip(lengths * mean / lengths.mean(), 16, 1024).astype(int)).to(self.args.device)
-        prompts, noise, self.model.graphs = self.prompts(64), self.rng.random_sample((batch, int(lengths.max()))), graphs
-
-        def rollout():
-            with limited(lengths):
-                return grpo.generate(self.model, prompts, 4, noise.shape[1], [-1], 1.0, noise)
-
-        sampling = median_seconds(rollout, self.args.rounds)
-        ids, mask, _ = rollout()
-        self.model.graphs = None
-        learning = median_seconds(lambda: self.learn([p for p in prompts for _ in range(4)], ids, mask), self.args.rounds)
-        return {"rollout": round(sampling, 1), "update": round(learning, 1), "response tokens": int(mask.sum()), "hours for 350 steps": round(350 * (sampling + learning) / 3600, 2)}
+        prompts, noise = self.prompts(64), self.rng.random_sample((batch, int(lengths.max())))
+        for _ in range(2):
+            sampling, (ids, mask, _) = seconds(lambda: self.sample(prompts, 4, noise, lengths, graph))
+        for _ in range(2):
+            learning, _ = seconds(lambda: self.learn([p for p in prompts for _ in range(4)], ids, mask))
+        return {"rollout": round(sampling, 1), "update": round(learning, 1), "response tokens": int(mask.sum()), "tokens a micro-batch": self.micro_tokens,
+                "hours for 350 steps": round(350 * (sampling + learning) / 3600, 2)}
 
 
-def same(args):
-    """graph.py's tokens and log-probs beside the plain loop's, for small models on this device: fp32, and bf16."""
+def same(args, ceiling, dtype):
+    """graph.py's tokens and log-probs beside the plain loop's, for the toy's shape with rows that leave: captured, then replayed."""
+    b = Bench(argparse.Namespace(**vars(args) | {"dtype": dtype, "rounds": 1}), ceiling)
+    b.start("toy")
+    prompts, noise, limit = b.prompts(8), b.rng.random_sample((32, 300)), torch.arange(12, 300, 9, device=args.device)
+    ids, mask, logp = b.sample(prompts, 4, noise, limit)
     out = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        b = Bench("toy", argparse.Namespace(**vars(args) | {"dtype": dtype}))
-        prompts, noise = b.prompts(8), b.rng.random_sample((32, 64))
-        plain = grpo.generate(b.model, prompts, 4, 64, [0, 1, 2], 1.0, noise)
-        b.model.graphs = Graphs(b.model)
-        for _ in range(2):  # captured, then replayed
-            fast = grpo.generate(b.model, prompts, 4, 64, [0, 1, 2], 1.0, noise)
-        width = min(plain[0].shape[1], fast[0].shape[1])
-        equal = (plain[0][:, :width] == fast[0][:, :width]).all(1)
-        out[str(dtype)] = {"rows with the same tokens": f"{int(equal.sum())} of 32", "their log-probs differ by": f"{(plain[2][:, :width] - fast[2][:, :width])[equal].abs().max().item():.0e}"}
+    for name in ("captured", "replayed"):
+        fast_ids, fast_mask, fast = b.sample(prompts, 4, noise, limit, True)
+        rows = (ids == fast_ids).all(1) & (mask == fast_mask).all(1)
+        out[name] = {"rows with the same tokens": f"{int(rows.sum())} of 32", "their log-probs differ by": f"{torch.where(rows[:, None], logp - fast, 0.0).abs().max().item():.0e}"}
     return out
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    cli.add_argument("--shapes", nargs="+", default=["0.5B", "1.5B", "7B"] if cuda else ["toy", "135M"], choices=list(SHAPES))
+    cli.add_argument("--shapes", nargs="+", default=["7B", "1.5B", "0.5B"] if cuda else ["toy", "135M"], choices=list(SHAPES), help="the last one's group and length are varied too")
     cli.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256] if cuda else [8, 32, 128])
     cli.add_argument("--tokens", type=int, default=256 if cuda else 64, help="longest response")
     cli.add_argument("--prompt", type=int, default=150 if cuda else 64, help="tokens of a prompt")
-    cli.add_argument("--rounds", type=int, default=3)
+    cli.add_argument("--rounds", type=int, default=2 if cuda else 3)
+    cli.add_argument("--minutes", type=float, default=9.0 if cuda else 60.0)
     args = cli.parse_args()
+    if any(n < 8 or n % 8 for n in args.batches) or args.tokens < 8 or args.prompt < 1 or args.rounds < 1:
+        cli.error("--batches are multiples of 8, as groups are of up to 8; --tokens 8, --prompt 1 and --rounds 1 are the least")
+    began = time.perf_counter()
     args.device, args.dtype, args.micro_tokens = ("cuda", torch.bfloat16, 65536) if cuda else ("cpu", torch.float32, 2048)
     ceiling = ceilings(args)
     result = {"device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__,
               "GB/s": round(ceiling[0] / 1e9, 1), "TFLOP/s": round(ceiling[1] / 1e12, 3)}
     print(result, flush=True)
 
-    def show(name, figures):
-        result[name] = figures
-        print(f"{name}: {figures}", flush=True)
-
-    if cuda:
-        show("graph against plain", same(args))
-    for shape in args.shapes:
-        b = Bench(shape, args)
-        show(f"{shape}, start", b.wrap)
-        last, half = args.batches[-1], args.tokens // 2
-        for batch, group, tokens in [(n, 4, args.tokens) for n in args.batches] + [(last, 1, args.tokens), (last, 8, args.tokens), (last, 4, half)]:
-            case = f"{shape}, batch {batch}, group {group}, {tokens} tokens"
-            show(f"{case}, decode", b.decode(batch, group, tokens, ceiling))
-            if cuda:
-                show(f"{case}, decode, graph", b.decode(batch, group, tokens, ceiling, Graphs(b.model)))
-            show(f"{case}, update", b.update(batch, group, tokens, ceiling))
+    def show(name, measure, *wanted):
+        minutes = (time.perf_counter() - began) / 60
+        if minutes > args.minutes:
+            result[name] = f"not begun after {minutes:.1f} minutes"
+        else:
+            try:
+                result[name] = measure(*wanted)
+            except Exception as error:  # the other figures are worth having
+                result[name] = f"failed: {type(error).__name__}: {error}"[:500]
+        print(f"{minutes:4.1f} min, {name}: {result[name]}", flush=True)
         if cuda:
-            for name, graphs in (("", None), (", graph", Graphs(b.model))):
-                show(f"{shape}, the paper's recipe{name}", b.recipe(graphs))
-        del b
-    print(json.dumps(result))
+            torch.cuda.empty_cache()
+        return isinstance(result[name], dict)
+
+    try:
+        if cuda:
+            for dtype in (torch.float32, torch.bfloat16):
+                show(f"graph against plain, {dtype}", same, args, ceiling, dtype)
+        for shape in args.shapes:
+            b = Bench(args, ceiling)
+            if not show(f"{shape}, start", b.start, shape):
+                continue
+            if cuda:
+                show(f"{shape}, the paper's recipe, graph", b.recipe, True)
+                show(f"{shape}, the paper's recipe", b.recipe, False)
+            last, half = args.batches[-1], args.tokens // 2
+            growth = [(last, 1, args.tokens), (last, 8, args.tokens), (last, 4, half)] if shape == args.shapes[-1] else []
+            for batch, group, tokens in [(n, 4, args.tokens) for n in args.batches] + growth:
+                case = f"{shape}, batch {batch}, group {group}, {tokens} tokens"
+                if cuda:
+                    show(f"{case}, decode, graph", b.decode, batch, group, tokens, True)
+                show(f"{case}, decode", b.decode, batch, group, tokens)
+                show(f"{case}, update", b.update, batch, group, tokens)
+            del b  # before the next model is made
+    finally:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
