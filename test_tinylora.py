@@ -1608,3 +1608,25 @@ def test_files_stay_short_and_light(name):
     allowed = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm", "jinja2", *(Path(main).stem for main in MAIN),
                "wandb"}  # the last only when --wandb asks for it
     assert found - allowed <= set(sys.stdlib_module_names)
+
+
+def test_the_readmes_figures_are_the_results():
+    """Its tables are what the committed runs say, and its list of files is right: a run made anew must not leave an old figure behind."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = {path.parent.name: json.loads(path.read_text()) for path in ROOT.glob("results/*/summary.json")}
+    lines = [f"| {seed} | " + " | ".join(f"{s[f'base_{kind}']:.3f}, {s[f'final_{kind}']:.3f}" for kind in ("strict", "lenient", "sampled")) + " |"
+             for seed, s in ((i, runs[f"toy-seed{i}"]) for i in range(5))]
+    for flags, name, when in (("untrained", "toy-seed0", "base"), ("`--params 13`", "toy-seed0", "final"), ("`--method lora-xs --lr 0.02`", "compare-xs", "final"),
+                              ("`--method lora --lr 1e-3`", "compare-lora", "final"), ("`--method full --lr 1e-4`", "compare-full", "final"),
+                              ("`--params 13 --reward format`", "compare-format", "final"), ("`--params 13 --algo sft`", "compare-sft", "final"),
+                              ("`--algo sft --method lora --lr 1e-3`", "compare-sft-lora", "final")):
+        s = runs[name]
+        kinds = [f"{s[f'{when}_{kind}']:.3f}" for kind in ("strict", "lenient", "format", "sampled", "sampled_format")]
+        lines.append(f"| {flags} | {s['params'] if when == 'final' else 0:,} | " + " | ".join(kinds) + " |")
+    for algo, name in (("ES", "es-seed{}"), ("GRPO", "toy-seed{}")):
+        lines.append(f"{algo} " + ", ".join(f"{s['final_strict']:.3f} and {s['final_sampled']:.3f}" for s in (runs[name.format(i)] for i in range(3))))
+    lines += [f"| [{name}]({name}) | {len((ROOT / name).read_text(encoding='utf-8').splitlines())} |" for name in [*MAIN, "toy/make.py"]]
+    s = runs["toy-seed0"]
+    lines.append(f"from {s['base_strict']:.1%} to {s['final_strict']:.1%} of 500 held-out problems, greedy ({s['base_sampled']:.1%} to {s['final_sampled']:.1%} sampled at T = 1)")
+    flat = " ".join(readme.split())
+    assert not [line for line in lines if line not in flat.replace(" for seeds 0, 1, 2", "")]
