@@ -38,6 +38,7 @@ import grpo
 import gsm8k
 import model as transformer
 import tinylora
+from files import InputError
 from scale import SHAPES, limited, random_model, seconds, wrapped
 
 QUESTIONS = ["There are {} shells in the box of Omar. Then he loses {}. He gets {} more from Eva. How many shells does Omar have left?",
@@ -329,9 +330,14 @@ def main():
         setattr(args, name, getattr(args, name) or value)
     if args.what == ["memory_of"]:
         return memory_of(args)
-    print(f"{args.model}: {args.problems} problems x {args.group}, {args.tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     kinds = {"many": many, "start": start, "rollout": rollout, "step": step, "wrap": wrap, "memory": memory, "skew": skew}
-    print(json.dumps({what: kinds[what](args) for what in args.what}))
+    if unknown := set(args.what) - set(kinds):
+        cli.error(f"{', '.join(unknown)}: is none of {', '.join(kinds)}")
+    print(f"{args.model}: {args.problems} problems x {args.group}, {args.tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    try:
+        print(json.dumps({what: kinds[what](args) for what in args.what}))
+    except InputError as error:
+        cli.error(str(error))
 
 
 if __name__ == "__main__":
