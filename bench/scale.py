@@ -66,14 +66,12 @@ def random_model(shape, device, dtype):
     model = model.to_empty(device=device).to(dtype).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*size):
-        return torch.empty(size, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
-
     for name, weight in model.named_parameters():
-        weight.fill_(1.0) if "norm" in name else weight.copy_(normal(*weight.shape))
+        weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
         if "layers" in name and weight.dim() == 2:  # a few directions stand out of the noise, as in trained weights
+            left, right = (weight.new_empty(size).normal_(0, 0.02, generator=generator) for size in ((len(weight), 8), (8, weight.shape[1])))
             strength = 150 * torch.arange(1, 9, device=device)**-0.5 / min(weight.shape)**0.5
-            weight.addmm_(normal(len(weight), 8) * strength.to(dtype), normal(8, weight.shape[1]))
+            weight.addmm_(left * strength.to(dtype), right)
     model.rope_freqs = transformer.rope_frequencies(model.config).to(device)
     return model.eval()
 
@@ -209,7 +207,7 @@ def main():
     cli.add_argument("--tokens", type=int, default=256 if cuda else 64, help="longest response")
     cli.add_argument("--prompt", type=int, default=150 if cuda else 64, help="tokens of a prompt")
     cli.add_argument("--rounds", type=int, default=2 if cuda else 3)
-    cli.add_argument("--minutes", type=float, default=9.0 if cuda else 60.0)
+    cli.add_argument("--minutes", type=float, default=9.0 if cuda else 60.0, help="nothing is begun after this long")
     args = cli.parse_args()
     if any(n < 8 or n % 8 for n in args.batches) or args.tokens < 8 or args.prompt < 1 or args.rounds < 1:
         cli.error("--batches are multiples of 8, as groups are of up to 8; --tokens 8, --prompt 1 and --rounds 1 are the least")
@@ -239,7 +237,7 @@ def main():
             for dtype in (torch.float32, torch.bfloat16):
                 show(f"graph against plain, {dtype}", same, args, ceiling, dtype)
         for shape in args.shapes:
-            b = Bench(args, ceiling)
+            b = Bench(args, ceiling)  # lets go of the last one's model before the next is made
             if not show(f"{shape}, start", b.start, shape):
                 continue
             if cuda:
@@ -253,7 +251,6 @@ def main():
                     show(f"{case}, decode, graph", b.decode, batch, group, tokens, True)
                 show(f"{case}, decode", b.decode, batch, group, tokens)
                 show(f"{case}, update", b.update, batch, group, tokens)
-            del b  # before the next model is made
     finally:
         print(json.dumps(result))
 
