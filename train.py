@@ -1,338 +1,294 @@
 """Train a frozen model to reason with a handful of numbers.
 
-    python train.py --params 13                   # the toy, minutes on a laptop
-    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct --data gsm8k
-                                                  # the paper's, on one GPU
-    python train.py --eval-only --model M --data D [--adapter A]      # evaluate
-    python train.py --chat [--adapter A]                      # ask it something
-    python train.py --resume DIR             # go on with a run that was stopped
-    torchrun --nproc_per_node 8 train.py ... # on many GPUs, or CPUs (ranks.py)
-
-Where a flag is not given, tinylora.json in the model's folder decides, if
-there is one; else what stands in brackets below: the paper's recipe.
+    python train.py --params 13                                   # the toy, minutes on a laptop
+    python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct  # the paper's, on one GPU
+    python train.py --eval-only --model M --data D [--adapter A]  # evaluate
+    python train.py --chat [--adapter A]                          # ask it something
+    python train.py --resume DIR [--steps N]     # go on with a run that stopped, or extend it
+    torchrun --nproc_per_node 8 train.py ...     # many GPUs, or CPUs (support/ranks.py)
 """
-import hashlib
-import json
-import os
-import resource
-import shlex
-import signal
+import importlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import es
 import gsm8k
 import grpo
-import lora
-import ranks
-import state
+import model as transformer
 import tinylora
-from chat import converse, open_model
-from files import InputError, make_folder
-from flags import parse
+from support import program, ranks, report, resume
+from support.chat_format import Chat
+from support.data import load_task
+from support.errors import InputError
+from support.files import make_folder
+from support.flags import count, fraction, natural, nonnegative, parse, positive, seed, settle
+from support.hub import find_model
+from support.live import LiveBar
+from support.params import reference_logprobs
+from support.threads import choose_threads
+
+# The recipe: name, default, kind, meaning. None: the text says what decides. A model folder may
+# bring other defaults in its tinylora.json; the program's other flags are in support/flags.py.
+RECIPE = [
+    ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "or what the paper compares"),
+    ("params", None, count, "how many numbers to train (13, or what --u and --n-tie make)"),
+    ("u", None, count, "numbers per tie (1 unless --params exceeds the modules)"),
+    ("n-tie", None, count, "modules (tiled) or layers (structured) that share v"),
+    ("tie", "tiled", ["tiled", "structured"], "which modules share v"),
+    ("rank", None, count, "of the SVD directions (2), or of LoRA (1)"),
+    ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "of the trained numbers, kept and saved"),
+    ("seed", 0, seed, "of P, of the problems' order and of the sampling"),
+    ("algo", "grpo", ["grpo", "es", "sft"], "or search without gradients, or worked solutions"),
+    ("steps", None, natural, "training steps (3 epochs of the training problems)"),
+    ("prompts", 64, count, "problems a step"),
+    ("group", 4, count, "responses to each problem"),
+    ("minibatches", 2, count, "Adam updates a step"),
+    ("lr", None, positive, "learning rate (tinylora, lora-xs 1.6e-4; lora 2e-5; full 1e-6)"),
+    ("warmup", 0.05, fraction, "share of the updates with rising lr, then constant"),
+    ("temperature", 1.0, positive, "of sampling, in sampler and trainer alike"),
+    ("max-new-tokens", 1024, count, "longest response (in the paper up to 4096)"),
+    ("clip-low", 0.2, fraction, "the ratio's clip below 1"),
+    ("clip-high", 0.4, positive, "the ratio's clip above 1"),
+    ("kl", 0.0, nonnegative, "weight of the KL to the starting policy (for MATH: 0.001)"),
+    ("grad-clip", 1.0, positive, "largest gradient norm"),
+    ("reward", None, str, "which of the task's scores is paid (its first; gsm8k.py: strict)"),
+]
+# TinyLoRA's is the paper's fork's 1e-5 at its scale of 16, see tinylora.py.
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}
+MODES = (False, True)  # sampled? every evaluation is made twice: greedily, and at T = 1
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
-SHOWN = {"strict": ".3f", "lenient": ".3f", "format": ".3f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f", "gap": ".0e",
-         "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}  # of a log row, what the terminal shows and how
+@dataclass
+class Run:
+    """What every step works with."""
+    args: object  # the flags
+    model: transformer.Transformer
+    chat: Chat  # tokenizer and chat template
+    task: object  # prompt and score: gsm8k.py, or --task
+    scores: list  # the names of the task's scores
+    engine: object  # generate, logprobs, accumulate, svd: grpo.py, or fast/
 
 
-def respond(model, chat, problems, args, group, noise, temperature, label, which=None):
-    """Responses to all problems, at most --rollout-rows at once: a list of (prompt ids, ids, mask, logprobs) per chunk. which: see grpo.generate."""
-    prompts, parts = [chat.prompt(p["prompt"], args.system) for p in problems], []
-    per, total = max(1, args.rollout_rows // group), len(prompts) * group
-
-    def live(tokens, done):  # a row that goes on counts as if it went to the limit, so the time left is rather too long than too short
-        bar.set_postfix_str(f"{i * group + done}/{total} rows, token {tokens} of {args.max_new_tokens}", refresh=False)
-        bar.update(i * group + done + (len(some) * group - done) * tokens / args.max_new_tokens - bar.n)
-
-    with tqdm(total=total, desc=label, leave=False, miniters=0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-              disable=bool(ranks.RANK) or None) as bar:  # None: unless a terminal
-        for i in range(0, len(prompts), per):
-            some = prompts[i:i + per]
-            part = grpo.generate(model, some, group, args.max_new_tokens, chat.stop_ids, temperature, None if noise is None else noise[i * group:(i + per) * group],
-                                 chat.vocab, None if which is None else which[i:i + per], progress=live)
-            parts.append(([p for p in some for _ in range(group)], *part))
-    return parts
+def pick(step, problems, args):
+    """What step `step` (from 0) takes: positions in an endless series of shuffled epochs, and
+    the numbers of the problems there. Each rank takes its share of every mini-batch.
+    """
+    per_batch = args.prompts // args.minibatches
+    positions = []
+    for k in range(args.minibatches):
+        first = step * args.prompts + k * per_batch
+        positions += range(first, first + per_batch)[ranks.share(per_batch)]
+    chosen = []
+    for position in positions:
+        epoch, i = divmod(position, problems)
+        order = np.random.RandomState([2, args.seed, epoch, 0]).permutation(problems)
+        chosen.append(int(order[i]))
+    return positions, chosen
 
 
-def merge(parts):
-    """Chunks of respond -> (prompts, ids, mask, logprobs) of all rows, padded to the longest."""
-    width = max(ids.shape[1] for _, ids, _, _ in parts)
-    padded = [torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in column]) for column in list(zip(*parts))[1:]]
-    return [p for part in parts for p in part[0]], *padded
+def learning_rate(update, args):
+    """Linear warm-up over the first --warmup share of all updates (from 0), then constant."""
+    warmup = max(1, round(args.warmup * args.steps * args.minibatches))
+    return args.lr * min(1, (update + 1) / warmup)
 
 
-def score(chat, ids, mask, problems, group):
-    """(texts, {"strict": (rows,), "lenient": (rows,), "format": (rows,)}): what was written, and each score of it as a tensor."""
-    texts = [chat.decode(i, m) for i, m in zip(ids.cpu(), mask.cpu())]
-    scores = [gsm8k.score(text, p) for text, p in zip(texts, (p for p in problems for _ in range(group)))]
-    return texts, {kind: torch.tensor([s[kind] for s in scores]) for kind in gsm8k.SCORES}
+def roll_out(run, rows, group, noise, temperature, label, **more):
+    """`group` responses to each of the task's rows, --rollout-rows at once -> Rollout.
+
+    noise: (rows x group, max_new_tokens). more: what else the engine's generate takes, per row.
+    """
+    args = run.args
+    prompts = [run.chat.prompt(run.task.prompt(row, args.instruction), args.system) for row in rows]
+    chunk = max(1, args.rollout_rows // group)
+    parts = []
+    with LiveBar(label, len(prompts) * group, args.max_new_tokens) as bar:
+        for start in range(0, len(prompts), chunk):
+            some = slice(start, start + chunk)
+            some_rows = slice(start * group, (start + chunk) * group)
+            some_more = {name: values[some] for name, values in more.items()}
+            bar.start_chunk(len(prompts[some]) * group)
+            parts.append(run.engine.generate(
+                run.model, prompts[some], group, args.max_new_tokens, run.chat.stop_ids,
+                temperature, noise[some_rows], bar.progress, **some_more))
+            bar.end_chunk()
+    return grpo.Rollout.join(parts)
 
 
-def evaluate(model, chat, problems, args, label, sampled=False):
-    """Fixed problems, greedy or (sampled) at T = 1 with fixed noise: the mean of every score, the mean length, and the texts."""
-    own, rows = range(len(problems))[ranks.share(len(problems))], []
-    if own:  # there may be more ranks than problems
-        noise = grpo.uniforms([[4, 0, i, 0] for i in own], args.max_new_tokens) if sampled else None
-        some = [problems[i] for i in own]
-        _, ids, mask, _ = merge(respond(model, chat, some, args, 1, noise, 1.0, label))
-        texts, scores = score(chat, ids, mask, some, 1)
-        rows = list(zip(*(scores[kind].tolist() for kind in gsm8k.SCORES), mask.sum(1).tolist(), texts))
-    *columns, texts = zip(*ranks.gather(rows))
-    return {name: sum(column) / len(problems) for name, column in zip((*gsm8k.SCORES, "length"), columns)} | {"texts": list(texts)}
+def score(run, rollout, rows):
+    """(texts, {name: (B,) tensor}): the responses as text, and what the task says of each."""
+    group = len(rollout.prompts) // len(rows)
+    ids = rollout.ids.cpu()
+    mask = rollout.mask.cpu()
+    texts = [run.chat.decode(i, m) for i, m in zip(ids, mask)]
+    scores = [run.task.score(text, rows[i // group]) for i, text in enumerate(texts)]
+    return texts, {name: torch.tensor([s[name] for s in scores]) for name in scores[0]}
 
 
-def key(kind, sampled):
-    """A score's name in summary.json: strict, lenient, format; sampled (strict), sampled_lenient, sampled_format."""
-    return kind if not sampled else "sampled" if kind == "strict" else f"sampled_{kind}"
-
-
-def standard_error(p, n):
-    """The binomial standard error of an accuracy p over n problems."""
-    return (p * (1 - p) / n) ** 0.5
-
-
-def memory_gb(device):
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def solutions(chat, problems, args):
-    """The problems' own worked solutions, as a rollout would be: (prompts, ids, mask), cut at --max-new-tokens."""
-    rows = [chat.response(p["prompt"], p["solution"], args.system)[:args.max_new_tokens] for p in problems]
-    ids = grpo.pad(rows, args.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    return [chat.prompt(p["prompt"], args.system) for p in problems], ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-
-
-def adapt(model, args):
-    """Make the model trainable as --method says, from --adapter or from the flags; returns the tensors to train."""
+def evaluate(run, rows, label, step, sampled=False):
+    """Fixed problems, greedy or at T = 1 with fixed noise: {score name or "length": mean}."""
     start = time.time()
-    if args.method == "full":
-        params = lora.full(model)
-    elif args.method == "lora":
-        params = lora.load(args.adapter, model) if args.adapter else lora.adapt(model, args.rank or 1, args.alpha or 32.0, args.seed)
+    label = f"{label} at T = 1" if sampled else f"{label}, greedy"
+    numbers = range(len(rows))[ranks.share(len(rows))]  # this rank's problems
+    results = []
+    if numbers:  # there may be more ranks than problems
+        some = [rows[i] for i in numbers]
+        noise = grpo.uniforms([[4, 0, i, 0] for i in numbers], run.args.max_new_tokens)
+        rollout = roll_out(run, some, 1, noise, 1.0 if sampled else 0.0, label)
+        texts, scores = score(run, rollout, some)
+        columns = [scores[name].tolist() for name in run.scores]
+        results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
+    texts, *columns = zip(*ranks.gather(results))
+    means = {name: sum(column) / len(rows)
+             for name, column in zip(["length", *run.scores], columns)}
+    report.write_samples(run, rows, texts, step, sampled)
+    report.print_evaluation(label, means, len(rows), time.time() - start, run.scores)
+    return means
+
+
+def adapt(model, args, engine):
+    """Make the model trainable as --method says, from --adapter or anew; returns the tensors."""
+    if args.method in ("lora", "full"):
+        from methods import lora
+        params = lora.start(model, args)
+    elif args.adapter:
+        params = [tinylora.load(args.adapter, model, engine.svd)]
     else:
-        bar = lambda items: tqdm(items, desc="SVD", unit="matrix", leave=False, disable=bool(ranks.RANK) or None)
-        params = [tinylora.load(args.adapter, model, bar) if args.adapter else
-                  tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie or "tiled", args.rank or 2, args.seed, args.method, bar)]
-    total = sum(p.numel() for p in params)
-    for name, there in (model.adapter | {"params": total}).items() if args.adapter else ():
-        if name != "seed" and getattr(args, name, None) not in (None, there):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.adapter} was made with {there}")
-    residuals = [m.residual for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]
-    if residuals:
-        print(f"SVD: {len(residuals)} matrices, rank {model.adapter['rank']}, largest residual {max(residuals):.0e}, {time.time() - start:.1f} s")
-    print(f"{args.method}: {total:,} trainable numbers" + (f" = {params[0].shape[0]} {model.adapter['tie']} groups x u {params[0].shape[1]}" if residuals else "")
-          + f", seed {model.adapter.get('seed', args.seed)}", flush=True)
+        params = [tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie, args.rank or 2,
+                                 args.seed, args.method, engine.svd)]
+    report.print_adapted(model, params, args)  # InputError if --adapter is not what flags say
     return params
 
 
 def save(model, params, args, folder):
-    """What was learned, as its users expect it; returns the path."""
-    if args.method == "full":
-        path = Path(args.out) / "model"
-        lora.save_model(path, model.state_dict(), folder, args.v_dtype)
-    elif args.method == "lora":
-        path = Path(args.out) / "adapter"
-        lora.save(path, model, args.v_dtype, args.model)
-    else:
-        path = Path(args.out) / "adapter.safetensors"
-        tinylora.save(path, params[0], model, args.v_dtype, args.model)
+    """What was learned, in the form that its users expect; returns the path."""
+    if args.method in ("lora", "full"):
+        from methods import lora
+        return lora.save_run(model, args, folder)
+    path = Path(args.out) / "adapter.safetensors"
+    tinylora.save(path, params[0], model, args.v_dtype, args.model)
     return path
 
 
-def run(args):
-    began, out = time.time(), Path(args.out)
-    if args.resume and (out / "summary.json").exists():
-        print(f"{out}: this run is finished; its results are in {out / 'summary.json'}")
-        return
-    train_set, test_set = gsm8k.load_data(args.data, args.eval_only)
-    test_set = test_set[:args.eval_count]
-    if args.algo == "sft" and not all(p["solution"] for p in train_set):
-        raise InputError(f"--algo sft: {args.data} has problems without a worked solution to learn from")
-    args.steps = max(1, 3 * len(train_set) // args.prompts) if args.steps is None else args.steps
-    settings = {name: x for name, x in vars(args).items() if name != "resume"}
-    print("settings: " + "  ".join(f"{name}={x}" for name, x in settings.items() if x is not None), flush=True)
-    make_folder(out)
-    settings |= {"torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(), "ranks": ranks.SIZE,
-                 "problems": hashlib.sha256(json.dumps([train_set, test_set]).encode()).hexdigest()}
-    if args.resume:
-        settings |= state.compare(settings, out)
-    else:
-        state.write_json(out / "config.json", settings)
-
-    folder, chat, model = open_model(args)
-    print(f"load: {sum(p.numel() for p in model.parameters()):,} frozen parameters, {args.dtype} on {args.device}, {time.time() - began:.1f} s", flush=True)
-
-    params = None if args.eval_only and not args.adapter else adapt(model, args)
-    settings["trained"] = getattr(model, "adapter", None)
-    if args.resume:
-        settings |= state.compare(settings, out)
-    state.write_json(out / "config.json", settings)
-
-    def evaluation(label, step, sampled=False):
-        start, name = time.time(), label + (" at T = 1" if sampled else ", greedy")
-        result = evaluate(model, chat, test_set, args, name, sampled)
-        state.append(out / "samples.jsonl", [{"step": step, "sampled": sampled, "prompt": chat.text(p["prompt"], args.system), "response": t,
-                                        "answer": p["answer"]} for p, t in list(zip(test_set, result.pop("texts")))[:4]])
-        strict, lenient = (f"{result[k]:.3f} +- {standard_error(result[k], len(test_set)):.3f}" for k in ("strict", "lenient"))
-        print(f"{name}: strict {strict}  lenient {lenient}  format {result['format']:.3f}  ({len(test_set)} problems, {result['length']:.0f} tokens each, "
-              f"{time.time() - start:.1f} s)", flush=True)
-        return result
-
-    if args.eval_only:
-        base = evaluation("evaluation", 0), evaluation("evaluation", 0, sampled=True)
-        state.write_json(out / "summary.json", {"model": args.model, "data": args.data, "adapter": args.adapter, "eval_count": len(test_set),
-                                          **{key(kind, i): base[i][kind] for i in (0, 1) for kind in gsm8k.SCORES}, "seconds": time.time() - began})
-    else:
-        with state.alone(out):
-            learn(model, chat, params, train_set, len(test_set), args, evaluation, began, folder)
-
-
-def learn(model, chat, params, train_set, count, args, evaluation, began, folder):
-    """The run proper: evaluate, train, evaluate, each step written down so that --resume goes on from it."""
+def train(run, params, optimizer, reference, done, train_rows, test_rows, log_elsewhere):
+    """The training loop. Every step is written down, so that --resume goes on after it."""
+    args = run.args
     out = Path(args.out)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    reference = [p.detach().clone() for p in params] if args.kl > 0 else None
-    done = state.load(out, params, optimizer, reference) if args.resume else None
-    before = done["seconds"] if done else 0.0
-    if not done:
-        base = evaluation("evaluation", 0), evaluation("evaluation", 0, sampled=True)
-        done = {"step": 0, "tokens": 0, "seconds": time.time() - began, "base": base, "slot": 1}
-        state.save(out, done, params, optimizer, reference)
-    base = done["base"]
-    ranks.agree(done["step"], "the step they go on from")
-    watch = state.watchers(args)
-    try:
-        for row in steps(model, chat, params, train_set, args, optimizer, reference, done["step"]):
-            step = row["step"]
-            ranks.agree(row["v_norm"], f"what they have learned after step {step}")
-            if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-                row |= {f"eval_{k}": x for k, x in evaluation(f"evaluation after step {step}", step).items()}
-            state.append(out / "log.jsonl", [row])
-            watch(row)
-            done |= {"step": step, "tokens": done["tokens"] + row["tokens"], "seconds": before + time.time() - began}
-            if step % args.save_every == 0 or step == args.steps:
-                state.save(out, done, params, optimizer, reference)
-            print(f"step {step:3d}/{args.steps}  " + "  ".join(f"{name} {row[name]:{form}}" for name, form in SHOWN.items() if row.get(name) is not None), flush=True)
-        final = evaluation("evaluation", args.steps), evaluation("evaluation", args.steps, sampled=True)
-    except BaseException:  # Ctrl-C, SIGTERM, a full disk, a bug: what was learned so far is kept, even if Ctrl-C is pressed twice
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # until main() ends
-        if ranks.RANK == 0:
-            save(model, params, args, folder)
-        raise
-    if ranks.RANK:  # what is left is to be written and printed, once
-        return
-    saved = save(model, params, args, folder)
-    total = sum(p.numel() for p in params)
-    size = total * tinylora.DTYPES[args.v_dtype].itemsize
-    summary = {"params": total, "adapter_bytes": size, "eval_count": count, "steps": args.steps, "tokens": done["tokens"],
-               "seconds": before + time.time() - began, "seed": args.seed, "method": args.method, "algo": args.algo, "reward": args.reward,
-               "model": args.model, "data": args.data, "adapter": args.adapter}
-    print(f"\n{count} held-out problems       before            after")
-    for i, name in enumerate(("greedy", "T = 1")):
-        for kind in gsm8k.SCORES:
-            pair = summary["base_" + key(kind, i)], summary["final_" + key(kind, i)] = base[i][kind], final[i][kind]
-            print(f"{f'{name}, {kind}':<24}  " + "    ".join(f"{x:.3f} +- {standard_error(x, count):.3f}" for x in pair))
-    state.write_json(out / "summary.json", summary)
-    print(f"{total:,} trainable numbers, {size:,} bytes ({args.v_dtype}); {done['tokens']:,} tokens {'learned from' if args.algo == 'sft' else 'sampled'}; "
-          f"{summary['seconds']:.0f} s in all")
-    flags = ["--model", str(saved)] if args.method == "full" else ["--adapter", str(saved), "--model", args.model]
-    for name in ("data", "eval_count", "max_new_tokens", "dtype", "system"):  # what the figures above depend on
-        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) is not None else []
-    print("next: python train.py --eval-only " + shlex.join(flags))
-
-
-def steps(model, chat, params, train_set, args, optimizer, reference, first):
-    """The training loop from step `first` (counted from 0) on: yields one log row a step. Each rank works on its share of every mini-batch."""
-    part = args.prompts // args.minibatches
-    warmup = max(1, round(args.warmup * args.steps * args.minibatches))
-    common = {"vocab": chat.vocab, "grad_clip": args.grad_clip, "recompute": args.recompute, "v_dtype": tinylora.DTYPES[args.v_dtype],
-              "micro_tokens": args.tokens_per_micro_batch or (65536 if args.device.startswith("cuda") else 2048)}
-    for step in range(first, args.steps):
+    began = time.time() - done["seconds"]  # as if the run had never stopped
+    for step in range(done["step"], args.steps):
         start = time.time()
-        picks = [step * args.prompts + k * part + i for k in range(args.minibatches) for i in range(part)[ranks.share(part)]]  # positions in an endless series of shuffled epochs
-        shuffled = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(len(train_set)) for epoch in {p // len(train_set) for p in picks}}
-        problems = [train_set[shuffled[p // len(train_set)][p % len(train_set)]] for p in picks]
-        lr = [args.lr * min(1, (step * args.minibatches + k + 1) / warmup) for k in range(args.minibatches)]
-        if args.algo == "sft":
-            prompts, ids, mask = solutions(chat, problems, args)
-            metrics = grpo.sft_update(model, params, optimizer, prompts, ids, mask, lr=lr, minibatches=args.minibatches, **common)
-        elif args.algo == "es":
-            metrics, mask = es.step(model, params[0], optimizer, problems, [[args.seed, p] for p in picks], args, lr[-1],
-                                    lambda rows, noise, which: merge(respond(model, chat, rows, args, 1, noise, args.temperature, f"step {step + 1}", which)),
-                                    lambda ids, mask, rows: score(chat, ids, mask, rows, 1)[1])
-            prompts = mask  # as many
-        else:
-            noise = grpo.uniforms([[3, args.seed, p, g] for p in picks for g in range(args.group)], args.max_new_tokens)
-            prompts, ids, mask, old_logp = merge(respond(model, chat, problems, args, args.group, noise, args.temperature, f"step {step + 1}"))
-            _, scores = score(chat, ids, mask, problems, args.group)
+        # 1. some problems
+        positions, numbers = pick(step, len(train_rows), args)
+        rows = [train_rows[i] for i in numbers]
+        rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
+
+        # 2. a group of responses to each, their scores, their advantages
+        if args.algo == "grpo":
+            keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
+            noise = grpo.uniforms(keys, args.max_new_tokens)
+            rollout = roll_out(run, rows, args.group, noise, args.temperature, f"step {step + 1}")
+            _, scores = score(run, rollout, rows)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
-            metrics = {kind: ranks.mean(s) for kind, s in scores.items()}
-            metrics |= {"signal": ranks.mean((advantage != 0).any(1)), "rollout_seconds": time.time() - start}
-            metrics |= grpo.update(model, params, optimizer, prompts, ids, mask, old_logp, advantage.flatten().to(ids.device), lr=lr,
-                                   minibatches=args.minibatches, temperature=args.temperature, clip_low=args.clip_low,
-                                   clip_high=args.clip_high, kl=args.kl, reference=reference, **common)
-        common["micro_tokens"] = metrics.get("micro_tokens")  # halved when memory ran out: what fitted is where the next step starts
-        tokens, responses = map(int, ranks.total(mask.sum().item(), len(prompts)))
-        seconds = time.time() - start
-        yield {"step": step + 1, **metrics, "length": tokens / responses, "lr": lr[-1], "tokens": tokens, "tokens_per_s": tokens / seconds,
-               "seconds": seconds, "memory_gb": memory_gb(args.device)}
+            rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
+            if args.kl > 0:
+                rollout.base_logp = reference_logprobs(run, rollout, params, reference)
+            loss = grpo.grpo_loss
+        elif args.algo == "sft":
+            from methods import sft
+            rollout = sft.solutions(run, rows)
+            scores = {}
+            loss = sft.sft_loss
+
+        # 3. an Adam update from each mini-batch
+        if args.algo == "es":
+            from methods import es
+            optimizer.param_groups[0]["lr"] = rates[-1]
+            rollout, scores, updates = es.step(run, optimizer, rows, positions, roll_out, score)
+        else:
+            updates = []
+            for rate, batch in zip(rates, rollout.split(args.minibatches)):
+                optimizer.param_groups[0]["lr"] = rate
+                updates.append(grpo.update(run.model, optimizer, batch, args, run.engine, loss))
+
+        # 4. what happened
+        row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
+        ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            result = evaluate(run, test_rows, f"evaluation after step {step + 1}", step + 1)
+            row |= {f"eval_{name}": value for name, value in result.items()}
+        report.log_step(row, run, out, log_elsewhere)
+        done["step"] = step + 1
+        done["tokens"] += row["tokens"]
+        done["seconds"] = time.time() - began
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            resume.save(out, done, params, optimizer, reference)
+    return [evaluate(run, test_rows, "evaluation", args.steps, sampled) for sampled in MODES]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: to end as Ctrl-C does."""
+def work(args):
+    """One run: problems, settings, model, what is trained; then the evaluation or the training."""
+    if args.chat:
+        from tools import chat
+        return chat.converse(args)
+    began = time.time()
+    out = Path(args.out)
+    if args.resume and resume.is_finished(out, args.steps):
+        return None
+    task = load_task(args.task) if args.task else gsm8k
+    train_rows, test_rows = task.load(args.data, args.eval_only)
+    test_rows = test_rows[:args.eval_count]
+    scores = list(task.score("", test_rows[0]))
+    settle(args, scores, train_rows)
+    report.print_settings(vars(args))
+    log_elsewhere = report.wandb_logger(args)
 
+    make_folder(out)
+    with resume.alone(out):
+        settings = resume.begin(args, out, [train_rows, test_rows])
+        folder = find_model(args.model)
+        chat = Chat(folder)
+        model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
+        if chat.vocab > model.vocab:
+            raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model {model.vocab}")
+        model.vocab = chat.vocab
+        choose_threads(model, args.device)
+        engine = importlib.import_module("fast") if args.engine == "fast" else grpo
+        report.print_loaded(model, args, time.time() - began)
+        params = adapt(model, args, engine) if args.adapter or not args.eval_only else []
+        resume.complete(settings, args, out, model, chat)
+        run = Run(args, model, chat, task, scores, engine)
+        if args.engine == "fast":
+            few = [chat.prompt(task.prompt(row, args.instruction)) for row in test_rows[:3]]
+            engine.check(model, few, chat.stop_ids)  # InputError: it is not what grpo.py computes
+            if args.cuda_graph:
+                engine.use_graphs(model)
+        if args.eval_only:
+            results = [evaluate(run, test_rows, "evaluation", 0, sampled) for sampled in MODES]
+            return report.write_evaluation(run, results, len(test_rows), began)
 
-def terminate(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    raise Terminated
-
-
-def again(args):
-    """The command that goes on with this run."""
-    return ("python" if ranks.SIZE == 1 else f"torchrun --nproc_per_node {ranks.SIZE}") + f" train.py --resume {shlex.quote(args.out)}"
+        optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        reference = [p.detach().clone() for p in params] if args.kl > 0 else None
+        done = resume.load(out, params, optimizer, reference) if args.resume else None
+        if done is None:
+            base = [evaluate(run, test_rows, "evaluation", 0, sampled) for sampled in MODES]
+            seconds = time.time() - began
+            done = {"step": 0, "tokens": 0, "seconds": seconds, "base": base, "slot": 1}
+            resume.save(out, done, params, optimizer, reference)
+        ranks.agree(done["step"], "the step they go on from")
+        with program.saving_on_error(save, model, params, args, folder):
+            final = train(run, params, optimizer, reference, done, train_rows, test_rows,
+                          log_elsewhere)
+        if not ranks.RANK:
+            saved = save(model, params, args, folder)
+            report.write_summary(run, params, saved, done, final, len(test_rows))
 
 
 def main(argv=None):
-    """Exit codes: 0, 2 (a mistake of the user's, told in one line), 130 (Ctrl-C; adapter, log and state are kept), 143 (SIGTERM, likewise)."""
-    args, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGTERM, terminate)
-    speaker = f"rank {ranks.RANK}: " if ranks.RANK else ""
-    try:
-        args = parse(argv, __doc__)
-        ranks.join(args.device)
-        converse(args) if args.chat else run(args)
-        ranks.leave()
-        return 0
-    except KeyboardInterrupt as stop:
-        if ranks.RANK < 2:  # the second speaks too: it may be the first that died
-            kept = args and Path(args.out).exists()
-            print(f"\n{speaker}interrupted" + (f"; what was done so far is in {args.out}" if kept else "")
-                  + (f"; to go on: {again(args)}" if kept and not args.eval_only else ""), file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        print(f"{speaker}error: out of memory; lower --rollout-rows or --max-new-tokens for sampling; for updates use --recompute", file=sys.stderr)
-    except ranks.Alone as error:
-        print(f"{speaker}error: {error}; to go on: {again(args)}", file=sys.stderr)
-    except (InputError, OSError) as error:
-        print(f"{speaker}error: {error}", file=sys.stderr)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 2
+    """Returns the exit code, see program.run_main."""
+    return program.run_main(lambda: parse(argv, __doc__, RECIPE, LR), work, resumable=True)
 
 
 if __name__ == "__main__":

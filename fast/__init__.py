@@ -1,0 +1,94 @@
+"""The fast engine: what model.py, tinylora.py and grpo.py compute, sooner, on the same model object.
+
+    forward.py    the model's forward pass over real tokens only
+    cache.py      keys and values shared by the rows of a group, and attention
+    sampling.py   generate        training.py   logprobs, accumulate
+    lanczos.py    the truncated SVD              threads.py    how many threads work on what
+    graph.py      --cuda-graph
+
+It adds nothing to the model and changes nothing in it. train.py uses this module as the `engine`
+unless --engine plain is given, and calls check first.
+"""
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+import grpo
+import model as plain_model
+from fast.graph import use_graphs
+from fast.lanczos import svd
+from fast.sampling import generate
+from fast.threads import choose
+from fast.training import accumulate, logprobs
+from support.errors import InputError
+from tinylora import TARGETS, TinyLoRALinear
+
+name = "fast"
+
+TOKENS = 6  # a response of the check
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+@contextmanager
+def nonzero_adapters(model):
+    """Inside the block the trained numbers of all adapters are a little off where they are."""
+    params = {}
+    for module in adapted(model):
+        base = {id(p) for p in module.base.parameters()} if hasattr(module, "base") else {}
+        params |= {id(p): p for p in module.parameters() if p.requires_grad and id(p) not in base}
+    kept = [p.detach().clone() for p in params.values()]
+    random = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in params.values():
+                p += 0.03 * torch.randn(p.shape, generator=random).to(p)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(params.values(), kept):
+                p.copy_(old)
+
+
+def adapted(model):
+    """The modules that stand in the places of the blocks' linears and are no plain linears."""
+    linears = [layer.get_submodule(target) for layer in model.layers for target in TARGETS]
+    return [module for module in linears if type(module) is not nn.Linear]
+
+
+def check_types(model):
+    """InputError if a module that this engine replaces by its own code is of another type."""
+    pairs = [(model, plain_model.Transformer), (model.embed_tokens, nn.Embedding)]
+    for layer in model.layers:
+        pairs += [(layer, plain_model.Block), (layer.self_attn, plain_model.Attention),
+                  (layer.mlp, plain_model.MLP)]
+    pairs += [(m.base, nn.Linear) for m in adapted(model) if type(m) is TinyLoRALinear]
+    for module, known in pairs:
+        if type(module) is not known:
+            raise InputError(f"the fast engine does not know {type(module).__name__} in the place "
+                             f"of {known.__name__}; run with --engine plain")
+
+
+def check(model, prompts, stop_ids):
+    """InputError unless both engines give the same log-probs on a few tokens after these prompts.
+
+    Whoever changes the mathematics in the plain files must not train something else unawares.
+    """
+    check_types(model)
+    prompts = [list(prompt)[-64:] for prompt in prompts[:3]]  # a suffix will do
+    noise = grpo.uniforms([[7, 0, row, 0] for row in range(2 * len(prompts))], TOKENS)
+    with torch.no_grad(), nonzero_adapters(model):
+        args = model, prompts, 2, TOKENS, stop_ids, 0.8, noise
+        rollout = generate(*args)
+        plain = grpo.logprobs(model, rollout)
+        ours = logprobs(model, rollout)
+        again = grpo.generate(*args)
+    tolerance = TOLERANCE.get(model.embed_tokens.weight.dtype, 0.5)
+    worst = max((rollout.logp - plain).abs().max().item(), (ours - plain).abs().max().item())
+    print(worst, [x.ids.tolist()==rollout.ids.tolist() for x in (again,)])
+    # rounding may turn a draw; in 16 bits it often does
+    exact = tolerance < 0.01
+    texts = [x.ids[x.mask].tolist() for x in (rollout, again)]
+    if not worst <= tolerance or (exact and texts[0] != texts[1]):
+        raise InputError("the fast engine computes other numbers than model.py, tinylora.py and "
+                         "grpo.py; if you changed them, run with --engine plain")

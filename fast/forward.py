@@ -1,0 +1,152 @@
+"""The model's forward pass over real tokens only: all rows' tokens lie in one list, without padding.
+
+It reads the weights of model.py's modules and computes what their forward methods compute. Only
+attention needs to know which tokens belong to which row, so it is a function that the caller gives:
+
+    attend(layer, q (N, H, D), k (N, KV, D), v (N, KV, D)) -> (N, H * D)
+
+see cache.py. `project(module, x)` applies a linear layer; the caller gives that, too, because R is
+computed once per rollout while sampling, and once per forward pass in training.
+
+Shapes: N tokens, C hidden size, H query heads, KV key heads, D head size.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tinylora import TinyLoRALinear
+
+LARGE = 2**18  # numbers in a weight from which on the transposed product is faster
+MANY_ROWS = 256  # ... and up to so many rows
+VOCABULARY = 2**14  # outputs from which on a weight is multiplied in parts
+PART = 2048  # outputs of such a part
+
+
+def linear(x, W, bias=None):
+    """F.linear(x, W, bias), x (N, d_in), on a CPU by W x^T where W is large and x has few rows.
+
+    That kernel is up to 1.5 times faster. Its result lies transposed in memory.
+    """
+    few = 1 < len(x) <= MANY_ROWS
+    transposed = x.stride(1) != 1
+    if x.is_cuda or not few or (W.numel() < LARGE and not transposed):
+        return F.linear(x, W, bias)
+    if len(W) >= VOCABULARY and bias is None:
+        # each part is transposed back while the processor's cache holds it
+        return torch.cat([linear(x, part) for part in W.split(PART)], 1)
+    # x may be the transposed result of such a product: with few rows that makes a slow one
+    x = x.T if len(x) >= 12 else x.contiguous().T  # (d_in, N)
+    y = W @ x if bias is None else torch.addmm(bias[:, None], W, x)  # (d_out, N)
+    return y.T
+
+
+def base_linear(module, x):
+    """The frozen linear layer under an adapter, or a linear layer without one."""
+    if type(module) is nn.Linear:
+        return linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def project(module, x):
+    """A linear layer, adapted or not: x (N, d_in) -> (N, d_out). What training uses."""
+    if type(module) is not TinyLoRALinear:
+        return base_linear(module, x)
+    y = base_linear(module.base, x)  # (N, d_out)
+    h = linear(x, module.Vt)  # (N, r)
+    R = module.R()
+    h = h.to(R.dtype) @ R.T  # fp32: rounded to bf16, a small step of v would vanish
+    return y.addmm_(h.to(x.dtype), module.US.T)
+
+
+class Held:
+    """R (U S)^T of every TinyLoRA layer, computed once: v does not change during a rollout.
+
+    W stays apart: a merged bf16 weight would round most of the change away. Rounding R (U S)^T to
+    bf16 costs no more than rounding R V^T x does otherwise (tested).
+    """
+
+    def __init__(self, model):
+        modules = [m for m in model.modules() if type(m) is TinyLoRALinear]
+        self.RSUt = {m: m.US.new_empty(m.US.shape[::-1]) for m in modules}  # (r, d_out) each
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over v as it is now; in place, where a CUDA graph looks for it."""
+        for module, RSUt in self.RSUt.items():
+            RSUt.copy_(module.R().T.double() @ module.US.T.double())
+
+    def project(self, module, x):
+        if module not in self.RSUt:
+            return base_linear(module, x)
+        return base_linear(module.base, x).addmm_(linear(x, module.Vt), self.RSUt[module])
+
+
+class HeldMany:
+    """A v of its own for every prompt: values (P, ties, u). `which` (N,): whose v a token has."""
+
+    def __init__(self, model, values):
+        self.Rt = {}  # R^T of every prompt, (P, r, r)
+        for m in model.modules():
+            if type(m) is TinyLoRALinear:
+                R = (values[:, m.tie] @ m.P.flatten(1)).unflatten(1, m.P.shape[1:])
+                self.Rt[m] = R.mT
+        self.which = None
+
+    def project(self, module, x):
+        if module not in self.Rt:
+            return base_linear(module, x)
+        Rt = self.Rt[module][self.which]  # (N, r, r): every token has one of its own
+        h = linear(x, module.Vt).to(Rt.dtype)  # (N, r)
+        h = torch.bmm(h[:, None], Rt)[:, 0]  # (N, r)
+        return base_linear(module.base, x).addmm_(h.to(x.dtype), module.US.T)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (N, heads, D), cos and sin (N, 1, D). See model.rotate.
+
+    (a cos - b sin, b cos + a sin) for the halves a, b of a head; the minus is in sin's first half.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def run_block(block, layer, x, rope, attend, project):
+    """One transformer block, x (N, C) -> (N, C)."""
+    attention = block.self_attn
+    mlp = block.mlp
+    D = attention.head_dim
+
+    normed = block.input_layernorm(x)
+    heads = [project(p, normed) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    KV = heads[1].shape[1] // D
+    heads = torch.cat(heads, 1).view(len(x), -1, D)  # (N, H + 2 KV, D)
+    qk = rotate(heads[:, :-KV], *rope)  # (N, H + KV, D): one rotation for both
+    y = attend(layer, qk[:, :-KV], qk[:, -KV:], heads[:, -KV:])  # (N, H * D)
+    x = x + project(attention.o_proj, y)
+
+    normed = block.post_attention_layernorm(x)
+    gated = F.silu(project(mlp.gate_proj, normed)) * project(mlp.up_proj, normed)
+    return x + project(mlp.down_proj, gated)
+
+
+def forward(model, ids, positions, attend, project, recompute=False):
+    """ids, positions (N,) -> the last layer's normed states (N, C)."""
+    angle = positions[:, None, None] * model.rope_freqs  # (N, 1, D / 2), fp32
+    x = model.embed_tokens(ids)  # (N, C)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (N, 1, D) each
+    for layer, block in enumerate(model.layers):
+        if recompute:
+            x = checkpoint(run_block, block, layer, x, rope, attend, project,
+                           use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = run_block(block, layer, x, rope, attend, project)
+    return model.norm(x)
+
+
+def logits(model, hidden):
+    """(N, C) -> (N, vocab). Cut after the product: an odd width makes slow GPU kernels."""
+    head = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return linear(hidden, head.weight).contiguous()[:, :model.vocab]

@@ -1,0 +1,111 @@
+"""Sampling: grpo.generate's numbers, sooner.
+
+Each prompt is computed once and its keys are read once for its group; rows that have ended leave
+the batch; R (U S)^T is computed once; on a GPU a whole step may be one CUDA graph (graph.py).
+"""
+import torch
+
+import grpo
+from fast import graph
+from fast.cache import Cache, Prompts
+from fast.forward import Held, HeldMany, forward, logits, project
+from model import upcast
+
+SHRINK = 0.75  # rows are dropped when fewer than this part of them go on: dropping copies the cache
+CACHED = 2**18  # log-probs that a CPU's cache holds, so many are drawn from at once
+
+
+def sample(scores, temperature, uniform):
+    """grpo.sample, on a CPU some rows at a time: scores (B, vocab) -> tokens (B,), log-probs (B,)."""
+    B, vocab = scores.shape
+    some = B if scores.is_cuda else max(1, CACHED // vocab)
+    if some >= B:
+        return grpo.sample(scores, temperature, uniform)
+    parts = []
+    for start in range(0, B, some):
+        rows = slice(start, start + some)
+        u = None if uniform is None else uniform[rows]
+        parts.append(grpo.sample(scores[rows], temperature, u))
+    tokens, logp = zip(*parts)
+    return torch.cat(tokens), torch.cat(logp)
+
+
+class Decoder:
+    """The rows that still go on, a token at a time."""
+
+    def __init__(self, model, held, prompts, group, size):
+        self.model = model
+        self.held = held
+        self.cache = Cache(prompts, group, size)
+
+    def hidden(self, token):
+        """The states that predict the next token: token (B,) -> (B, C)."""
+        positions = self.cache.step()
+        return forward(self.model, token, positions, self.cache.attend, self.held.project)
+
+    def keep(self, rows):
+        """Only these rows, (B',) sorted, go on."""
+        self.cache.keep(rows)
+        if isinstance(self.held, HeldMany):
+            self.held.which = self.held.which[rows]
+
+
+def prefill(model, prompts, project):
+    """Compute all prompts -> the states (P, C) that predict their first response token."""
+    hidden = forward(model, prompts.ids, prompts.positions, prompts.attend, project)  # (N, C)
+    return hidden[prompts.last]
+
+
+@torch.no_grad()
+def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise=None,
+             progress=None, values=None):
+    """As grpo.generate. values (P, ties, u): a v of its own for every prompt (methods/es.py)."""
+    device = model.embed_tokens.weight.device
+    B = len(prompts) * group
+    noise = grpo.noise_tensor(noise, B, max_new_tokens, temperature, device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+
+    texts = Prompts(prompts, device)
+    if values is not None:
+        held = HeldMany(model, values)
+        held.which = texts.place // texts.T  # (N,): the prompt of each token
+        hidden = prefill(model, texts, held.project)
+        held.which = torch.arange(B, device=device) // group
+        decoder = Decoder(model, held, texts, group, max_new_tokens)
+    else:
+        hidden = prefill(model, texts, project)
+        decoder = graph.decoder(model, texts, group, max_new_tokens)
+        decoder = decoder or Decoder(model, Held(model), texts, group, max_new_tokens)
+    hidden = hidden.repeat_interleave(group, 0)  # (B, C)
+
+    ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    logp = torch.zeros(B, max_new_tokens, dtype=upcast(hidden).dtype, device=device)
+    rows = torch.arange(B, device=device)  # the rows still in the batch
+    done = torch.zeros(B, dtype=torch.bool, device=device)  # of these
+    # (the three results were made outside this block, so they stay ordinary tensors)
+    with torch.inference_mode():
+        for t in range(max_new_tokens):
+            uniform = None if noise is None else noise[rows, t]
+            token, token_logp = sample(logits(model, hidden), temperature, uniform)  # (B',) each
+            ids[rows, t] = token.masked_fill(done, 0)
+            mask[rows, t] = ~done
+            logp[rows, t] = token_logp.masked_fill(done, 0)
+            done = done | torch.isin(token, stops)
+            if t + 1 == max_new_tokens:
+                break
+            if (t + 1) % grpo.CHECK_EVERY == 0:
+                left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep
+                if progress:
+                    progress(t + 1, B - len(left))
+                if len(left) == 0:
+                    break
+                if len(left) < SHRINK * len(rows):
+                    rows = rows[left]
+                    token = token[left]
+                    done = done[left]
+                    decoder.keep(left)
+            hidden = decoder.hidden(token)
+    grpo.check_finite(logp, "log-prob of a sampled token")
+    rows = [prompt for prompt in prompts for _ in range(group)]
+    return grpo.Rollout(rows, ids[:, :t + 1], mask[:, :t + 1], logp[:, :t + 1], temperature)

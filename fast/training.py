@@ -1,0 +1,94 @@
+"""Training: the numbers of grpo.logprobs and grpo.accumulate, sooner.
+
+One pass over the prompts, each once for all the rows that have it, and one over the responses,
+which read their prompt's keys. Micro-batches of small models are computed side by side.
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import grpo
+from fast import threads
+from fast.cache import Prompts, Responses, to_grid
+from fast.forward import forward, logits, project
+
+
+def logprobs(model, rollout, recompute=False):
+    """As grpo.logprobs: (B, T), 0 where masked."""
+    mask = rollout.mask
+    B, T = mask.shape
+    device = mask.device
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, rollout.prompts)))}
+    prompt_of = torch.tensor([number[tuple(p)] for p in rollout.prompts], device=device)  # (B,)
+
+    prompts = Prompts(list(number), device)
+    hidden = forward(model, prompts.ids, prompts.positions, prompts.attend, project, recompute)
+    hidden = hidden[prompts.last[prompt_of]][:, None]  # (B, 1, C): predicts each row's first token
+    if T > 1:  # all tokens but a row's last predict the next one
+        responses = Responses(model, prompts, prompt_of, mask.sum(1) - 1, T - 1)
+        ids = rollout.ids[:, :-1][responses.real]  # (N',)
+        rest = forward(model, ids, responses.positions, responses.attend, project, recompute)
+        rest = to_grid(rest, responses.place, B, T - 1)  # (B, T - 1, C)
+        hidden = torch.cat((hidden, rest), 1)  # (B, T, C): position t predicts token t
+    hidden = hidden[mask]  # (N, C)
+    target = rollout.ids[mask]  # (N,)
+
+    def head(hidden, target):
+        logp = grpo.log_softmax(logits(model, hidden), rollout.temperature)
+        return logp.gather(1, target[:, None])[:, 0]
+
+    # chunk by chunk, and again in the backward pass: a whole batch's logits never exist at once
+    chunks = zip(hidden.split(grpo.HEAD_CHUNK), target.split(grpo.HEAD_CHUNK))
+    flat = torch.cat([checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
+                      for h, t in chunks])  # (N,)
+    return flat.new_zeros(B, T).masked_scatter(mask, flat)
+
+
+def micro_batches(rollout, rows, tokens):
+    """Row numbers in lists of at most `tokens` tokens each (or of one row), a prompt counted once.
+
+    Rows of one prompt stay together as far as they fit. Groups with long responses come first, so
+    that rows which attention pads to one width are of like length.
+    """
+    lengths = rollout.mask.sum(1).tolist()
+    prompts = [tuple(prompt) for prompt in rollout.prompts]
+    longest = {}  # of each prompt's responses
+    for row in rows:
+        longest[prompts[row]] = max(lengths[row], longest.get(prompts[row], 0))
+    batch = []
+    inside = set()  # the batch's prompts
+    total = 0  # its tokens
+    for row in sorted(rows, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i])):
+        prompt = prompts[row]
+        cost = lengths[row] + (0 if prompt in inside else len(prompt))
+        if batch and total + cost > tokens:
+            yield batch
+            batch = []
+            inside = set()
+            total = 0
+            cost = lengths[row] + len(prompt)
+        batch.append(row)
+        inside.add(prompt)
+        total += cost
+    if batch:
+        yield batch
+
+
+fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run
+
+
+def accumulate(share, rollout, rows, tokens):
+    """As grpo.accumulate. When memory runs out, it begins anew with micro-batches half as large."""
+    global fitting
+    while True:
+        batches = list(micro_batches(rollout, rows, min(tokens, fitting)))
+        total = None
+        try:
+            for parts in threads.map(lambda batch: share(rollout.rows(batch)), batches):
+                total = parts if total is None else [x + y for x, y in zip(total, parts)]
+            return total
+        except torch.OutOfMemoryError:
+            if all(len(batch) == 1 for batch in batches):
+                raise
+        # outside the except block, which holds on to the tensors of the pass that failed
+        fitting = min(tokens, fitting) // 2
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""What any training program needs: checked files, chat templates, ranks, resuming, reporting."""

@@ -1,0 +1,47 @@
+"""The adapter file of tinylora.py, read with suspicion: one tensor, v, and settings in the header."""
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from support.errors import InputError
+
+METHODS = ("tinylora", "lora-xs")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VERSION = "1"
+
+
+def read(path):
+    """(v, flat as stored; the settings as in model.adapter, and "model", the base model's name).
+
+    InputError says what is wrong with the file.
+    """
+    if not Path(path).is_file():  # a pipe would keep us waiting
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "tinylora" or list(file.keys()) != ["v"]:
+                raise InputError(f"{path}: is not a TinyLoRA adapter (it should hold one tensor, "
+                                 f"v, and say so)")
+            if metadata.get("version") != VERSION:
+                raise InputError(f"{path}: adapter version {metadata.get('version')!r}, this code "
+                                 f"reads {VERSION!r}")
+            v = file.get_tensor("v")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as an adapter ({error})") from None
+    try:
+        settings = {name: int(metadata[name]) for name in ("rank", "u", "n_tie", "groups", "seed")}
+        settings |= {name: metadata[name] for name in ("tie", "targets", "base")}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its metadata is damaged ({error})") from None
+    settings["method"] = metadata.get("method", "tinylora")  # the first adapters did not say
+    settings["model"] = metadata.get("model", "")
+    known = settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
+    if not known or v.shape != (settings["groups"] * settings["u"],):
+        raise InputError(f"{path}: holds {v.numel()} numbers, its metadata says "
+                         f"{settings['method']}, {settings['groups']} {settings['tie']} ties x u "
+                         f"{settings['u']}")
+    if v.dtype not in DTYPES.values() or not v.isfinite().all():
+        raise InputError(f"{path}: v must be finite numbers in {', '.join(DTYPES)}")
+    return v, settings

@@ -1,0 +1,138 @@
+"""The text side of a model folder: tokenizer, chat template and stop tokens."""
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from support.errors import InputError
+from support.files import read_json, read_text
+from support.template import render
+
+# The end-of-turn tokens of Qwen2.5 and Llama 3; a model may use any of those it has.
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # templates may use these
+
+
+class Chat:
+    """Turns questions into token ids and token ids into text.
+
+    `vocab` is the number of ids that the tokenizer really has; the model's embedding table may
+    have more rows. `stop_ids` are the ids that end a response.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        tokenizer_json = read_text(self.folder / "tokenizer.json")
+        self.tokenizer_hash = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+        self.tokenizer = self._call(Tokenizer.from_str, tokenizer_json)
+        self.tokenizer.no_truncation()  # some files carry a length limit from their training
+        self.tokenizer.no_padding()
+        config = read_json(self.folder / "tokenizer_config.json")
+        self.template = self._read_template(config)
+        self.special = {}  # the special tokens' names and texts
+        for name in SPECIAL_TOKENS:
+            token = config.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                self.special[name] = token
+        self._render()
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InputError(f"{self.folder / 'tokenizer.json'}: holds no tokens")
+        self.vocab = max(vocabulary.values()) + 1
+        self.stop_ids = self._read_stop_ids(vocabulary)
+
+    def _read_template(self, config):
+        path = self.folder / "chat_template.jinja"  # newer checkpoints keep the template here
+        if path.is_file():
+            return read_text(path)
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several templates with names
+            default = [entry.get("template") for entry in template
+                       if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = default[0] if default else None
+        if not isinstance(template, str):
+            raise InputError(f"{self.folder / 'tokenizer_config.json'}: has no chat_template; "
+                             "use an instruct model")
+        return template
+
+    def _read_stop_ids(self, vocabulary):
+        names = (*END_OF_TURN, self.special.get("eos_token"))
+        stop_ids = {vocabulary[name] for name in names if name in vocabulary}
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            ids = read_json(path).get("eos_token_id")
+            for i in ids if isinstance(ids, list) else [ids]:
+                if type(i) is int and 0 <= i < self.vocab:  # `type`, because True is an int too
+                    stop_ids.add(i)
+        if not stop_ids:
+            raise InputError(f"{self.folder}: no end-of-turn token in generation_config.json, "
+                             "config.json or the tokenizer")
+        return stop_ids
+
+    def _call(self, function, *args, **kw):
+        """function(*args, **kw), where the tokenizers library may raise anything."""
+        try:
+            return function(*args, **kw)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of its Rust code is not even an Exception
+            raise InputError(f"{self.folder / 'tokenizer.json'}: "
+                             f"cannot be used as a tokenizer ({error})") from None
+
+    def _encode(self, text):
+        # The template writes the BOS token if there is one, so the tokenizer must not add another.
+        return self._call(self.tokenizer.encode, text, add_special_tokens=False).ids
+
+    def _render(self, values=None):
+        """The text that the template makes of the values. Without values: check its syntax."""
+        text, error = render(self.template, values)
+        if error:
+            raise InputError(f"{self.folder}: its chat template fails ({error})")
+        return text
+
+    def text(self, prompt, system=None, response=None):
+        """The conversation as the template writes it.
+
+        It ends where the assistant's turn begins, or with `response` as the assistant's turn.
+        """
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        if response is not None:
+            messages.append({"role": "assistant", "content": response})
+        values = {"messages": messages, "add_generation_prompt": response is None}
+        return self._render(values | self.special)
+
+    def prompt(self, prompt, system=None):
+        """The token ids of a prompt."""
+        return self._encode(self.text(prompt, system))
+
+    def response(self, prompt, response, system=None):
+        """The token ids of a given response, up to and including the first stop token (for SFT)."""
+        before = self.text(prompt, system)
+        whole = self.text(prompt, system, response)
+        ids = self._encode(whole[len(before):])
+        stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
+        if not whole.startswith(before) or not stops:
+            raise InputError(f"{self.folder}: its chat template does not write an assistant's "
+                             "turn as prompt, response, stop token")
+        return ids[:stops[0] + 1]
+
+    def decode(self, ids, mask):
+        """The text of one response: ids (T,), mask (T,) bool. Stop tokens leave no text.
+
+        What follows the stop token is masked out, so it never reaches a score.
+        """
+        if ids.dim() != 1 or mask.shape != ids.shape:
+            raise ValueError(f"decode takes one row: ids (T,) and mask (T,), "
+                             f"not {tuple(ids.shape)} and {tuple(mask.shape)}")
+        return self._call(self.tokenizer.decode, ids[mask].tolist(), skip_special_tokens=True)
+
+    def fingerprint(self):
+        """A sha256 of all that the prompts' token ids and the ends of responses depend on."""
+        parts = [self.template, self.tokenizer_hash, self.special, sorted(self.stop_ids)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,82 @@
+"""Where problems come from: a folder with train.jsonl and test.jsonl, one file, or a download."""
+import hashlib
+import http.client
+import importlib.util
+import urllib.request
+from pathlib import Path
+
+from support.errors import InputError
+from support.files import make_folder, read_jsonl, replacing
+
+
+def split_paths(data, eval_only):
+    """--data -> (path of the training file or None, path of the test file)."""
+    folder = Path(data)
+    if folder.is_dir():
+        return folder / "train.jsonl", folder / "test.jsonl"
+    if not folder.exists():
+        raise InputError(f"--data {data}: no such file or folder; use gsm8k, or a folder with "
+                         f"train.jsonl and test.jsonl")
+    if not eval_only:
+        raise InputError(f"--data {data}: one file is enough for --eval-only; training takes a "
+                         f"folder with train.jsonl and test.jsonl")
+    return None, folder
+
+
+def load_rows(data, eval_only=False):
+    """(training rows, test rows) as the JSON lines stand in the files: a task's default `load`."""
+    def rows(path):
+        if path is None:
+            return []
+        found = [row for _, row in read_jsonl(path)]
+        if not found:
+            raise InputError(f"{path}: holds no problems")
+        return found
+    train_path, test_path = split_paths(data, eval_only)
+    return rows(train_path), rows(test_path)
+
+
+def load_task(path):
+    """--task FILE.py -> the module, with `prompt`, `score` and, if it has none, our `load`.
+
+    The file is the user's program and runs with the user's rights; InputError says what it lacks.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"--task {path}: no such file")
+    spec = importlib.util.spec_from_file_location("task", path)
+    if spec is None:
+        raise InputError(f"--task {path}: is no Python file; its name must end in .py")
+    task = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(task)
+    except Exception as error:  # any: it is the user's program
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--task {path}: fails when it is read ({reason})") from None
+    for name in ("prompt", "score"):
+        if not callable(getattr(task, name, None)):
+            raise InputError(f"--task {path}: has no function {name}; see docs/your-own-task.md")
+    if not hasattr(task, "load"):
+        task.load = load_rows
+    return task
+
+
+def download(url, path, sha256):
+    """One file, fetched once and checked before it gets its name; returns its path."""
+    path = Path(path)
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    print(f"downloading {url} to {path.parent}", flush=True)
+    try:
+        make_folder(path.parent)
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:  # the second: cut in the middle
+        raise InputError(f"{url} cannot be downloaded to {path.parent} ({error}); go online once, "
+                         f"set TINYLORA_CACHE, or point --data at a folder with train.jsonl and "
+                         f"test.jsonl") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(f"{url} has changed (its sha256 is not {sha256[:12]}...); "
+                         f"nothing was kept")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return path

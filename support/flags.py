@@ -1,0 +1,298 @@
+"""The command line: train.py's recipe, the flags of any program, and what does not go together.
+
+A flag's value comes from the command line, else from tinylora.json in the model's folder, else from
+its row in RECIPE (train.py) or in PROGRAM below.
+"""
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from support import adapter_file, ranks
+from support.errors import InputError
+from support.files import read_json
+from support.hub import find_model
+
+TOY = Path(__file__).resolve().parent.parent / "toy"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, not argparse's page of usage
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def within(kind, low, high):
+    """A converter for argparse: an int or float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN neither
+            raise ValueError
+        return value
+    convert.__name__ = f"{kind.__name__} from {low} to {high}"  # for argparse's message
+    return convert
+
+
+count = within(int, 1, 2**20)
+natural = within(int, 0, 2**31)
+seed = within(int, 0, 2**32 - 1)
+fraction = within(float, 0, 1)
+positive = within(float, 1e-9, 1e9)
+nonnegative = within(float, 0, 1e9)
+METAVARS = {str: "X", count: "N", natural: "N", seed: "N"}
+
+# name, default, kind, meaning; as RECIPE in train.py
+PROGRAM = [
+    ("model", os.path.relpath(TOY), str, "folder in Hugging Face layout, or a hub name"),
+    ("data", "gsm8k", str, "gsm8k, a folder with train.jsonl and test.jsonl, or a file to evaluate"),
+    ("task", None, str, "Python file with a task (gsm8k.py; see docs/your-own-task.md)"),
+    ("instruction", None, str, "what follows each question (the task's sentence)"),
+    ("system", None, str, "system message of every prompt (the template's)"),
+    ("adapter", None, str, "evaluate, or start from, this adapter.safetensors or LoRA folder"),
+    ("device", None, str, "cpu, cuda or cuda:1 (cuda if there is one)"),
+    ("dtype", None, ["fp32", "bf16"], "of the frozen model (bf16 on cuda, fp32 on cpu)"),
+    ("engine", "fast", ["fast", "plain"], "fast/, or the plain files as they read"),
+    ("eval-only", False, bool, "evaluate and stop"),
+    ("eval-count", None, count, "test problems, the first N (all)"),
+    ("eval-every", 0, natural, "also evaluate greedily every N steps (0: never)"),
+    ("chat", False, bool, "answer questions typed in, base and --adapter side by side"),
+    ("alpha", None, positive, "LoRA's scale is alpha / rank (32)"),
+    ("sigma", 0.2, positive, "es: how far from v it looks"),
+    ("samples", 4, natural, "responses of each evaluation kept in samples.jsonl"),
+    ("rollout-rows", 256, count, "rows sampled at once"),
+    ("cuda-graph", False, bool, "sample with captured decode steps (fast/graph.py)"),
+    ("tokens-per-micro-batch", None, count,
+     "per forward and backward (2048 on a CPU; 65536 on cuda, halved when memory runs out)"),
+    ("recompute", False, bool, "activation checkpointing: less memory, a third more time"),
+    ("out", None, str, "where the run is written (runs/<time>)"),
+    ("wandb", None, str, "also log to this Weights & Biases project"),
+    ("save-every", None, count, "keep the state for --resume every N steps (1; --method full 20)"),
+    ("resume", None, str, "go on with the run in this folder, with its settings"),
+]
+# What a model folder's tinylora.json may not set: outputs, and what would run or read other files.
+RESERVED = ("help", "model", "adapter", "task", "out", "eval-only", "resume", "chat", "wandb",
+            "method", "device", "samples")
+SHAPE = ("params", "u", "n-tie", "tie", "rank", "alpha")  # how many numbers there are
+TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}
+# Flags that mean nothing to an algorithm, or where nothing is trained.
+UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group", "sigma"),
+          "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
+                 "recompute", "cuda-graph"),
+          "grpo": ("sigma",)}
+TRAINING = ("algo", "sigma", "steps", "prompts", "group", "minibatches", "lr", "warmup",
+            "temperature", "clip-low", "clip-high", "kl", "grad-clip", "reward", "eval-every",
+            "v-dtype", "params", "u", "n-tie", "tie", "rank", "alpha", "save-every", "recompute",
+            "tokens-per-micro-batch")
+
+
+def parser(description, recipe):
+    """The argparse parser of the rows; a flag that is not given is not in its result at all."""
+    cli = Parser(description=description, usage="python train.py [FLAG [VALUE]] ...",
+                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                 argument_default=argparse.SUPPRESS)
+    for title, rows in (("the recipe (train.py)", recipe), ("the program", PROGRAM)):
+        group = cli.add_argument_group(title)
+        for name, default, kind, meaning in rows:
+            if default is not None and kind is not bool:
+                meaning = f"{meaning} ({default})"
+            options = {"help": meaning.replace("%", "%%")}
+            if kind is bool:
+                options["action"] = "store_true"
+            elif isinstance(kind, list):
+                options["choices"] = kind
+            else:
+                options |= {"type": kind, "metavar": METAVARS.get(kind, "X")}
+            group.add_argument(f"--{name}", **options)
+    return cli
+
+
+def parse(argv, description, recipe, rates):
+    """The flags, every one resolved, as a namespace. rates: the default learning rates."""
+    cli = parser(description, recipe)
+    rows = {name: (default, kind) for name, default, kind, _ in [*recipe, *PROGRAM]}
+    words = sys.argv[1:] if argv is None else argv
+    given = {name.replace("_", "-"): x for name, x in vars(cli.parse_args(words)).items()}
+    defaults = {name: default for name, (default, _) in rows.items()}
+    if "resume" in given:
+        settings = resumed_settings(given, rows, cli)
+        brought = {}
+    else:
+        check_given(given)
+        check_out(given.get("out"))
+        settings = defaults | given
+        settings["method"] = method_of(settings, given)
+        brought = folder_defaults(settings, rows, cli)
+        if brought.get("params") and ("n-tie" in given or "u" in given):
+            brought.pop("params")
+        settings = defaults | brought | given | {"method": settings["method"]}
+    args = argparse.Namespace(**{name.replace("-", "_"): x for name, x in settings.items()})
+    args.device = ranks.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check(args, given)
+    on_cuda = args.device.startswith("cuda")
+    args.lr = args.lr or rates[args.method]
+    args.dtype = args.dtype or ("bf16" if on_cuda and args.method != "full" else "fp32")
+    args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    args.save_every = args.save_every or (20 if args.method == "full" else 1)
+    args.tokens_per_micro_batch = args.tokens_per_micro_batch or (65536 if on_cuda else 2048)
+    return args
+
+
+def check_given(given):
+    """Flags that were given together and mean nothing together: refused, never ignored."""
+    algo = given.get("algo", "grpo")
+    for name in UNUSED[algo]:
+        if name in given:
+            raise InputError(f"--{name} means nothing to --algo {algo}: leave it out")
+    if "eval-only" in given:
+        for name in (*TRAINING, "chat"):
+            if name in given:
+                raise InputError(f"--{name}: nothing is trained with --eval-only, leave one out")
+
+
+def check_out(out):
+    """InputError if --out holds a run already, or cannot be written: before anything is fetched."""
+    if out is None:
+        return
+    results = ("samples.jsonl", "log.jsonl", "summary.json")
+    if any((Path(out) / name).exists() for name in results):
+        raise InputError(f"--out {out}: holds a run already; choose another folder")
+    folder = Path(out).absolute()
+    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    if exists.is_dir() and not os.access(exists, os.W_OK):  # a file is told by make_folder
+        raise InputError(f"--out {out}: {exists} cannot be written; choose another folder")
+
+
+def method_of(settings, given):
+    """--method, or what --adapter was made with."""
+    adapter = settings["adapter"]
+    if adapter is None:
+        return settings["method"]
+    # PEFT keeps a LoRA as a folder; our files say what they are
+    made = "lora" if Path(adapter).is_dir() else adapter_file.read(adapter)[1]["method"]
+    if given.get("method", made) != made:
+        hint = "; a fully trained model is given as --model" if given["method"] == "full" else ""
+        raise InputError(f"--method {given['method']}: {adapter} was made with {made}{hint}")
+    return made
+
+
+def folder_defaults(settings, rows, cli):
+    """tinylora.json of the model's folder, if there is one, checked as a command line is."""
+    path = Path(find_model(settings["model"])) / "tinylora.json"
+    if not path.is_file():
+        return {}
+    words = []
+    for key, value in read_json(path).items():
+        name = key.replace("_", "-")
+        if name in (*SHAPE, "lr") and settings["method"] != "tinylora":
+            continue  # they are TinyLoRA's and say nothing to the other methods
+        if name not in rows or name in RESERVED:
+            raise InputError(f"{path}: {key!r} is not a flag that a model folder may set")
+        kind = rows[name][1]
+        text = isinstance(kind, list) or kind is str
+        if isinstance(value, bool) != (kind is bool) or isinstance(value, str) != text:
+            raise InputError(f"{path}: {value!r} will not do for {key!r}")
+        if name == "data" and value != "gsm8k":
+            folder = path.parent.resolve()
+            inside = (folder / value).resolve()
+            if not inside.is_relative_to(folder):
+                raise InputError(f"{path}: data {value!r} is not inside the model's folder")
+            value = str(path.parent / value)
+        words += as_words(name, value)
+    try:
+        return {n.replace("_", "-"): x for n, x in vars(cli.parse_args(words)).items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def as_words(name, value):
+    """A setting as it would be typed; nothing for what is not set."""
+    if value is None or value is False:
+        return []
+    return [f"--{name}"] if value is True else [f"--{name}={value}"]
+
+
+def resumed_settings(given, rows, cli):
+    """The settings of the run in --resume: its config.json, read as a command line again."""
+    folder = given["resume"]
+    beside = sorted(set(given) - {"resume", "device", "steps"})
+    if beside:
+        raise InputError(f"--resume goes on with the run's settings: leave out "
+                         f"{' '.join('--' + name for name in beside)}")
+    config = read_json(Path(folder) / "config.json")
+    if config.get("eval_only"):
+        raise InputError(f"--resume {folder}: was an evaluation; start it anew")
+    words = []
+    for name in rows:
+        words += as_words(name, config.get(name.replace("-", "_")))
+    try:
+        own = {n.replace("_", "-"): x for n, x in vars(cli.parse_args(words)).items()}
+    except InputError as error:
+        raise InputError(f"{Path(folder) / 'config.json'}: {error}") from None
+    settings = {name: default for name, (default, _) in rows.items()} | own
+    if given.get("steps", settings["steps"]) < (settings["steps"] or 0):
+        raise InputError(f"--steps {given['steps']}: the run in {folder} has {settings['steps']} "
+                         f"steps already; give more")
+    return settings | given | {"out": folder}
+
+
+def check(args, given):
+    """What argparse cannot see in one flag alone."""
+    for name in SHAPE:
+        if name in given and name not in TAKES[args.method]:
+            raise InputError(f"--{name} means nothing to --method {args.method}")
+    if args.method == "full":
+        for name in ("dtype", "v_dtype"):
+            if getattr(args, name) not in (None, "fp32"):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: --method full "
+                                 f"trains the weights, whose small steps would round away")
+    if args.algo == "es" and (args.method not in ("tinylora", "lora-xs") or args.group % 2):
+        raise InputError("--algo es: searches over v (--method tinylora or lora-xs), in pairs "
+                         "(an even --group)")
+    if args.algo == "es" and args.engine == "plain":
+        raise InputError("--algo es: needs a v of its own for every row, which only --engine fast "
+                         "can sample")
+    if args.group < 2 and args.algo == "grpo" and not args.eval_only:
+        raise InputError("--group 1: an advantage compares the responses to one problem, so a "
+                         "group needs at least 2")
+    if args.algo == "es":
+        args.minibatches = 1
+    if args.prompts % (args.minibatches * ranks.SIZE):
+        shares = f" of {ranks.SIZE} equal shares, one for each rank" if ranks.SIZE > 1 else ""
+        raise InputError(f"--prompts {args.prompts} cannot be split into "
+                         f"--minibatches {args.minibatches}{shares}")
+    if args.cuda_graph and (not args.device.startswith("cuda") or args.engine == "plain"):
+        raise InputError("--cuda-graph: is for --device cuda and --engine fast")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
+        raise InputError(f"--device {args.device}: use cpu, cuda or cuda:N")
+    for name in ("system", "instruction", "out", "model", "data"):
+        value = getattr(args, name)
+        if value is not None and not value.isascii():
+            check_text(name, value)
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {args.device}: not to be had here ({reason})") from None
+
+
+def check_text(name, value):
+    """InputError for bytes that are no text: Python hands them over as half surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"--{name}: is not valid UTF-8") from None
+
+
+def settle(args, scores, train_rows):
+    """The defaults that depend on the task: --reward and --steps; InputError if they do not fit."""
+    args.reward = args.reward or scores[0]
+    if args.reward not in scores:
+        raise InputError(f"--reward {args.reward}: the task's scores are {', '.join(scores)}")
+    if args.steps is None:
+        args.steps = max(1, 3 * len(train_rows) // args.prompts)
+    if args.algo == "sft" and not all(row.get("solution") for row in train_rows):
+        raise InputError(f"--algo sft: {args.data} has problems without a worked solution to "
+                         f"learn from")

@@ -1,0 +1,291 @@
+"""What a run reports: lines on the terminal, log.jsonl, samples.jsonl, summary.json, wandb.
+
+A task names its scores; `scores` is the list of these names. The score "strict", or the first one
+if there is none of this name, is the task's main score.
+"""
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from support import ranks
+from support.errors import InputError
+from support.files import append_jsonl, make_folder, write_json
+from support.params import total_norm
+
+# The columns of a step line after the scores: key of the log row, format.
+COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f",
+           "gap": ".0e", "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}
+MODES = ("greedy", "T = 1")  # how an evaluation samples; a pair (greedy, sampled) has this order
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a trained number, by --v-dtype
+FIRST_COLUMN = 24  # characters of the final table's first column, or more for long names
+# What the scores of an evaluation depend on: repeated in the command that evaluates again.
+EVALUATION_FLAGS = ("data", "task", "instruction", "eval_count", "max_new_tokens", "dtype",
+                    "system")
+
+
+def print_settings(settings):
+    given = [f"{name}={value}" for name, value in settings.items()
+             if value is not None and name != "resume"]
+    print("settings: " + "  ".join(given), flush=True)
+
+
+def print_loaded(model, args, seconds):
+    total = sum(p.numel() for p in model.parameters())
+    print(f"load: {total:,} frozen parameters, {args.dtype} on {args.device}, {seconds:.1f} s",
+          flush=True)
+
+
+def step_row(step, rollout, scores, updates, params, args, rate, start):
+    """A step's row of log.jsonl: means over the responses of all ranks.
+
+    scores: {name: (B,) tensor}, empty for SFT. updates: what grpo.update returned for each
+    mini-batch of this rank. rate: the last learning rate. start: when the step began.
+    """
+    row = {"step": step} | {name: ranks.mean(values) for name, values in scores.items()}
+    if args.algo == "grpo":
+        has_signal = (rollout.advantage.view(-1, args.group) != 0).any(1)
+        row["signal"] = ranks.mean(has_signal)
+        row |= update_columns(updates)
+        row["entropy"] = entropy(rollout)
+    elif args.algo == "sft":
+        row["loss"] = mean_loss(updates)
+    else:
+        row["signal"] = updates[0]["signal"]
+    row["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
+    row["v_norm"] = total_norm(params)
+    tokens, responses = ranks.total(int(rollout.mask.sum()), len(rollout.prompts))
+    seconds = time.time() - start
+    row |= {"length": tokens / responses, "lr": rate, "tokens": int(tokens),
+            "tokens_per_s": tokens / seconds, "seconds": seconds,
+            "memory_gb": memory_gb(args.device)}
+    return row
+
+
+def update_columns(updates):
+    """From the sums that grpo.statistics made: the gap, and the means of the other columns.
+
+    The gap is that of the first update only: before it, policy and sampler have the same weights,
+    and what differs is rounding. None if no row had a signal.
+    """
+    sums = [ranks.total(*update["sums"]) for update in updates]
+    first_tokens, first_distance, _, _ = sums[0]
+    tokens, _, clipped, kl = (sum(column) for column in zip(*sums))
+    return {"gap": first_distance / first_tokens if first_tokens else None,
+            "clip_fraction": clipped / max(tokens, 1), "kl": kl / max(tokens, 1)}
+
+
+def entropy(rollout):
+    """The mean of -log p over tokens drawn from p estimates the policy's entropy per token."""
+    surprise = -rollout.logp[rollout.mask].double().sum().item()
+    surprise, tokens = ranks.total(surprise, int(rollout.mask.sum()))
+    return surprise / tokens
+
+
+def mean_loss(updates):
+    """The loss per token of a whole step. Each update's loss is per token of its mini-batch."""
+    total = 0.0
+    all_tokens = 0
+    for update in updates:
+        loss, tokens = ranks.total(update["loss"], update["sums"][0])
+        total += loss * tokens
+        all_tokens += tokens
+    return total / all_tokens
+
+
+def memory_gb(device):
+    """The largest memory that the process has used so far, on the GPU or else in all."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes, Linux kilobytes
+
+
+def log_step(row, run, out, log_elsewhere):
+    """Write a step's row to log.jsonl, to wandb if asked, and to the terminal."""
+    if not ranks.RANK:
+        append_jsonl(out / "log.jsonl", [row])
+        log_elsewhere(row)
+    print_step(row, run.args.steps, run.scores)
+
+
+def print_step(row, steps, scores):
+    """One line for a row of log.jsonl. Columns that the row does not have are left out."""
+    formats = dict.fromkeys(scores, ".3f") | COLUMNS
+    cells = [f"{name} {row[name]:{form}}" for name, form in formats.items()
+             if row.get(name) is not None]
+    print(f"step {row['step']:3d}/{steps}  " + "  ".join(cells), flush=True)
+
+
+def print_adapted(model, params, args):
+    """What is trained. InputError if --adapter was made with other settings than the flags say."""
+    total = sum(p.numel() for p in params)
+    adapter = getattr(model, "adapter", {})
+    if args.adapter:
+        check_adapter(adapter | {"params": total}, args)
+    residuals = [m.residual for m in model.modules() if hasattr(m, "residual")]
+    shape = ""
+    if residuals:
+        print(f"SVD: {len(residuals)} matrices, rank {adapter['rank']}, "
+              f"largest residual {max(residuals):.0e}")
+        ties, u = params[0].shape
+        shape = f" = {ties} {adapter['tie']} ties x u {u}"
+    seed = adapter.get("seed", args.seed)
+    print(f"{args.method}: {total:,} trainable numbers{shape}, seed {seed}", flush=True)
+
+
+def check_adapter(settings, args):
+    """InputError if a flag asks for anything but what the adapter was made with."""
+    for name, made_with in settings.items():
+        asked = getattr(args, name, None)
+        is_default = name == "seed" or (name == "tie" and asked == "tiled")
+        if asked is not None and asked != made_with and not is_default:
+            raise InputError(f"--{name.replace('_', '-')} {asked}: {args.adapter} was made with "
+                             f"{made_with}")
+
+
+def write_samples(run, rows, texts, step, sampled):
+    """Append the first responses of an evaluation to samples.jsonl."""
+    if ranks.RANK:
+        return
+    args = run.args
+    samples = []
+    for row, text in list(zip(rows, texts))[:args.samples]:
+        prompt = run.task.prompt(row, args.instruction)
+        samples.append({"step": step, "sampled": sampled,
+                        "prompt": run.chat.text(prompt, args.system),
+                        "response": text, "answer": row.get("answer")})
+    append_jsonl(Path(args.out) / "samples.jsonl", samples)
+
+
+def print_evaluation(label, result, count, seconds, scores=None):
+    """One line for an evaluation. result: the mean of each score and of "length"."""
+    scores = scores or [name for name in result if name != "length"]
+    cells = [f"{score} {with_error(result[score], count)}" for score in scores]
+    print(f"{label}: {'  '.join(cells)}  ({count} problems, {result['length']:.0f} tokens each, "
+          f"{seconds:.1f} s)", flush=True)
+
+
+def print_table(base, final, count, scores):
+    """The scores before and after training. base, final: pairs of results (greedy, sampled)."""
+    lines = []
+    for mode, before, after in zip(MODES, base, final):
+        for score in scores:
+            lines.append((f"{mode}, {score}", with_error(before[score], count),
+                          with_error(after[score], count)))
+    width = max(FIRST_COLUMN, *(len(title) for title, _, _ in lines))
+    title = f"{count} held-out problems"
+    print(f"\n{title:<{width + 4}}before            after")
+    for title, before, after in lines:
+        print(f"{title:<{width}}  {before}    {after}")
+
+
+def print_totals(params, size, dtype, tokens, verb, seconds):
+    """How much was trained, in how many bytes. verb: what was done with the tokens."""
+    print(f"{params:,} trainable numbers, {size:,} bytes ({dtype}); {tokens:,} tokens {verb}; "
+          f"{seconds:.0f} s in all")
+
+
+def print_next(args, saved):
+    """The command that evaluates what was saved, with the flags that its scores depend on."""
+    if args.method == "full":
+        flags = ["--model", str(saved)]
+    else:
+        flags = ["--adapter", str(saved), "--model", args.model]
+    for name in EVALUATION_FLAGS:
+        value = getattr(args, name, None)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    print("next: python train.py --eval-only " + shlex.join(flags))
+
+
+def main_score(scores):
+    return "strict" if "strict" in scores else scores[0]
+
+
+def key(score, sampled, main):
+    """A score's name in summary.json: its own; sampled for the main one, else sampled_<name>."""
+    if not sampled:
+        return score
+    return "sampled" if score == main else f"sampled_{score}"
+
+
+def summary_scores(pair, scores, prefix=""):
+    """The entries of summary.json for the results (greedy, sampled) of an evaluation."""
+    main = main_score(scores)
+    entries = {}
+    for sampled, result in enumerate(pair):
+        for score in scores:
+            entries[prefix + key(score, sampled, main)] = result[score]
+    return entries
+
+
+def standard_error(p, n):
+    """The binomial standard error of a share p of n problems; 0 for a mean that is no share."""
+    return max(0.0, p * (1 - p) / n) ** 0.5
+
+
+def with_error(p, n):
+    return f"{p:.3f} +- {standard_error(p, n):.3f}"
+
+
+def write_evaluation(run, results, count, began):
+    """summary.json of --eval-only. results: (greedy, sampled); began: when the run began."""
+    if ranks.RANK:
+        return
+    args = run.args
+    summary = {"model": args.model, "data": args.data, "adapter": args.adapter,
+               "eval_count": count}
+    summary |= summary_scores(results, run.scores)
+    summary["seconds"] = time.time() - began
+    write_json(Path(args.out) / "summary.json", summary)
+
+
+def write_summary(run, params, saved, done, final, count, seconds=None):
+    """The end of a run: the final table, summary.json, and the command that evaluates again.
+
+    final: the last results (greedy, sampled); seconds: the whole run's, or else until the last
+    step.
+    """
+    args = run.args
+    seconds = done["seconds"] if seconds is None else seconds
+    total = sum(p.numel() for p in params)
+    size = total * BYTES[args.v_dtype]
+    summary = {"params": total, "adapter_bytes": size, "eval_count": count, "steps": args.steps,
+               "tokens": done["tokens"], "seconds": seconds, "seed": args.seed,
+               "method": args.method, "algo": args.algo, "reward": args.reward,
+               "model": args.model, "data": args.data, "adapter": args.adapter}
+    before = summary_scores(done["base"], run.scores, "base_")
+    after = summary_scores(final, run.scores, "final_")
+    for (name, x), (new_name, y) in zip(before.items(), after.items()):
+        summary |= {name: x, new_name: y}
+    print_table(done["base"], final, count, run.scores)
+    write_json(Path(args.out) / "summary.json", summary)
+    verb = "learned from" if args.algo == "sft" else "sampled"
+    print_totals(total, size, args.v_dtype, done["tokens"], verb, seconds)
+    print_next(args, saved)
+
+
+def wandb_logger(args):
+    """A function that sends a row of log.jsonl to Weights & Biases, if --wandb PROJECT is given.
+
+    Call it before the model is loaded, so that a missing package is reported at once. On other
+    ranks than 0 the function does nothing.
+    """
+    if not args.wandb or ranks.RANK:
+        return lambda row: None
+    try:
+        import wandb
+        make_folder(args.out)
+        wandb.init(project=args.wandb, dir=args.out, config=vars(args))
+    except Exception as error:  # not installed, not logged in, no network: errors of many kinds
+        raise InputError(f"--wandb: {error}; see that it is installed and set up, "
+                         "or leave the flag out") from None
+
+    def log(row):
+        present = {name: value for name, value in row.items() if value is not None}
+        wandb.log(present, step=row["step"])
+    return log
