@@ -2,13 +2,13 @@
 (arXiv 2602.04118 and its fork's scripts) in brackets.
 
  1. A step takes some problems [64] and samples a group of G responses to each [4], at temperature
-    T [1.0], from the full softmax: no top-k, no top-p. Ids that the tokenizer does not have are
-    cut off, in sampler and trainer alike (model.logits).
+    T [1.0], from the full softmax: no top-k, no top-p. model.logits cuts off, for sampler and
+    trainer alike, the ids that the tokenizer does not have.
  2. Each prompt is prefilled once and its cache copied to the group. A response ends with the first
     stop token, which is part of it: stopping is learned like any other token.
  3. Randomness is one uniform number per row and token, given by the caller (a numpy RandomState per
-    row) and turned into a token through the inverse CDF: a row's text does not depend on what
-    shares its batch (up to rounding), nor on the machine.
+    row) and turned into a token through the inverse CDF: a row's text depends, up to rounding,
+    neither on what shares its batch nor on the machine.
  4. The sampler IS the trainer's policy: one model, one forward, nothing merged. So the old
     log-probs are the sampler's, at the same temperature. Their mean distance from the trainer's,
     before a step's first update, is logged as `gap` and should be rounding noise.
@@ -17,10 +17,10 @@
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, summed over tokens
     and divided by ONE number, all response tokens of the mini-batch (token level, as DAPO): no
     1/|o| length bias, no mean of means, the same gradient for any micro-batch size.
- 7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the policy that
-    training started from (the base model, or what --adapter brought) to each token's loss.
+ 7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
+    the policy that training started from (the base model or --adapter), to each token's loss.
  8. A step's problems are split into mini-batches [2 of 32], one Adam update each [AdamW 0.9, 0.999;
-    no weight decay]. Without KL, groups without signal skip their forward pass; their tokens still
+    no weight decay]. Without KL, rows of advantage 0 skip their forward pass; their tokens still
     count in 6's denominator, so the skip only saves time.
  9. The gradient is clipped to a norm [1.0]. v and Adam's state are fp32; with --v-dtype bf16 or
     fp16 the value kept after each update is rounded to that type.
@@ -37,9 +37,9 @@ from torch.utils.checkpoint import checkpoint
 from model import Cache, log_softmax, pad, upcast
 from support import ranks
 from support.errors import InputError
-from tinylora import DTYPES, svd  # noqa: F401 (svd: see update's engine)
+from tinylora import DTYPES, svd  # noqa: F401 (svd: this module is an engine, see train.Run)
 
-CHECK_EVERY = 4  # tokens between the host's looks at the device, each of which waits for it
+CHECK_EVERY = 4  # tokens between checks for the end; each makes the host wait for the device
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 
 
@@ -50,14 +50,14 @@ class Rollout:
     ids: torch.Tensor  # (B, T) response tokens, 0 where masked
     mask: torch.Tensor  # (B, T) bool, true up to and including one stop token
     logp: torch.Tensor  # (B, T) the sampler's log-probs of ids (the "old" ones), 0 where masked
-    temperature: float  # at which ids were drawn; the trainer divides by the same
+    temperature: float  # at which ids were drawn (0: greedily, with log-probs at 1)
     advantage: torch.Tensor | None = None  # (B,)
-    base_logp: torch.Tensor | None = None  # (B, T) log-probs under the KL's reference policy
+    ref_logp: torch.Tensor | None = None  # (B, T) log-probs under the KL's reference policy
 
     def __post_init__(self):
         if not len(self.prompts) == len(self.ids) == len(self.mask) == len(self.logp):
-            raise ValueError(f"{len(self.prompts)} prompts for {len(self.ids)} rows: a rollout has "
-                             f"one prompt per row, so repeat each for its group")
+            raise ValueError(f"{len(self.prompts)} prompts for {len(self.ids)} rows: repeat each "
+                             f"prompt for its group")
 
     def rows(self, index):
         """Some of the rows (a list of numbers), cut to their longest response."""
@@ -90,7 +90,7 @@ def uniforms(keys, length):
 
 
 def draw(logp, uniform):
-    """Tokens (B,) from log-probs (B, vocab) by the inverse CDF of uniform (B,) in [0, 1), fp64.
+    """Tokens (B,) from log-probs (B, vocab): the inverse CDF at uniform (B,), fp64, in [0, 1).
 
     `right=True` finds the first token whose cumulated probability EXCEEDS the point, so a token of
     probability 0, which adds nothing, is never drawn.
@@ -113,21 +113,18 @@ def sample(logits, temperature, uniform):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def noise_tensor(noise, rows, max_new_tokens, temperature, device):
+def noise_tensor(noise, shape, temperature, device):
     """The caller's noise as an fp64 tensor, or None for greedy decoding; ValueError if unfit."""
     if temperature == 0:
         return None
-    shape = (rows, max_new_tokens)
-    if noise is None or len(noise) != rows or len(noise[0]) < max_new_tokens:
-        raise ValueError(f"temperature {temperature} needs noise of shape {shape}, see uniforms; "
-                         f"temperature 0 decodes greedily")
+    if noise is None or len(noise) != shape[0] or len(noise[0]) < shape[1]:
+        raise ValueError(f"temperature {temperature} needs noise of shape {shape}; 0 is greedy")
     return torch.as_tensor(noise, dtype=torch.float64, device=device)
 
 
 def check_finite(values, what):
     if not values.isfinite().all():
-        raise InputError(f"the {what} is not finite: v has grown too large (lower --lr), or "
-                         f"--temperature is extreme")
+        raise InputError(f"the {what} is not finite: lower --lr, or --temperature is extreme")
 
 
 @torch.no_grad()
@@ -135,16 +132,16 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
              progress=None):
     """Sample `group` responses to each of P prompts (lists of ids) -> Rollout of P * group rows.
 
-    noise (B, >= max_new_tokens): uniform numbers in [0, 1); not used at temperature 0, greedy
-    decoding. progress(tokens so far, rows that have ended) is called every CHECK_EVERY tokens.
+    noise (B, >= max_new_tokens): see uniforms; not used at temperature 0, greedy decoding.
+    progress(tokens so far, rows that have ended) is called every CHECK_EVERY tokens.
     ValueError: a temperature without noise. InputError: log-probs that are not finite.
     """
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
-    noise = noise_tensor(noise, B, max_new_tokens, temperature, device)
+    noise = noise_tensor(noise, (B, max_new_tokens), temperature, device)
     stops = torch.tensor(sorted(stop_ids), device=device)
 
-    # prefill: each prompt once; the last real token of each predicts the first response token
+    # prefill: each prompt once; its last token's state predicts the first response token
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (P,)
     cache = Cache(model, len(prompts), max(map(len, prompts)))
     hidden = model.hidden(pad(prompts, device), cache, lengths)  # (P, longest prompt, C)
@@ -183,7 +180,7 @@ def logprobs(model, rollout, recompute=False):
     """The trainer's log-probs of a rollout's responses, (B, T), 0 where masked.
 
     The head runs on response positions only, in chunks whose logits are computed again in the
-    backward pass, so a whole batch's logits never exist at once. recompute: see model.hidden.
+    backward pass: a whole batch's never exist at once. recompute: see model.hidden.
     """
     mask = rollout.mask
     device = mask.device
@@ -197,7 +194,7 @@ def logprobs(model, rollout, recompute=False):
     target = rollout.ids[mask]  # (N,)
 
     def head(hidden, target):
-        logp = log_softmax(model.logits(hidden), rollout.temperature)
+        logp = log_softmax(model.logits(hidden), rollout.temperature or 1.0)
         return logp.gather(1, target[:, None])[:, 0]
     chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
     flat = torch.cat([checkpoint(head, h, t, use_reentrant=False) for h, t in chunks])
@@ -207,15 +204,16 @@ def logprobs(model, rollout, recompute=False):
 def advantages(rewards):
     """(P, G) -> (P, G): item 5 of the spec; 0 where all rewards of a group are equal, or G is 1."""
     centred = rewards - rewards.mean(1, keepdim=True)
+    # not .std(), which warns and gives NaN for a group of 1
     std = rewards.var(1, keepdim=True, correction=min(1, rewards.shape[1] - 1)).sqrt()
     # compared, not computed: the mean of equal rewards may differ from them by rounding
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     return torch.where(equal, 0.0, centred / (std + 1e-6))
 
 
-def k3(logp, base_logp):
-    """Schulman's estimator of the KL to the base policy, per token: unbiased, never negative."""
-    return (base_logp - logp).exp() - (base_logp - logp) - 1
+def k3(logp, ref_logp):
+    """Schulman's estimator of the KL to the reference, per token: never negative."""
+    return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
 def grpo_loss(logp, rollout, denominator, args):
@@ -225,7 +223,7 @@ def grpo_loss(logp, rollout, denominator, args):
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if args.kl > 0:
-        loss = loss + args.kl * k3(logp, rollout.base_logp)
+        loss = loss + args.kl * k3(logp, rollout.ref_logp)
     return torch.where(rollout.mask, loss, 0.0).sum() / denominator
 
 
@@ -234,22 +232,23 @@ def statistics(logp, rollout, args):
     """Sums over a micro-batch's tokens, (4,) fp64: tokens, |logp - old logp|, clipped ones, k3."""
     mask = rollout.mask
     delta = (logp - rollout.logp)[mask]  # (N,)
-    up = rollout.advantage[:, None].expand_as(mask)[mask] > 0
-    clipped = torch.where(up, delta.exp() > 1 + args.clip_high, delta.exp() < 1 - args.clip_low)
-    kl = k3(logp, rollout.base_logp)[mask].sum() if args.kl > 0 else delta.new_zeros(())
+    advantage = rollout.advantage[:, None].expand_as(mask)[mask]  # (N,)
+    too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)
+    clipped = too_high | (advantage < 0) & (delta.exp() < 1 - args.clip_low)
+    kl = k3(logp, rollout.ref_logp)[mask].sum() if args.kl > 0 else delta.new_zeros(())
     return torch.stack([x.double() for x in (mask.sum(), delta.abs().sum(), clipped.sum(), kl)])
 
 
-def accumulate(share, rollout, rows, tokens):
-    """The sum of share(rollout of some rows), a list of tensors, over micro-batches of the rows.
+def accumulate(part, rollout, index, budget):
+    """The sum of part(some rows of the rollout), a list of tensors, over micro-batches of `index`.
 
-    A micro-batch has as many rows as fit into `tokens` tokens, padding counted, but at least one.
+    A micro-batch has as many rows as fit into `budget` tokens, padding counted, but at least one.
     """
     longest = max(map(len, rollout.prompts)) + rollout.ids.shape[1]
-    size = max(1, tokens // longest)
+    size = max(1, budget // longest)
     total = None
-    for start in range(0, len(rows), size):
-        parts = share(rollout.rows(rows[start:start + size]))
+    for start in range(0, len(index), size):
+        parts = part(rollout.rows(index[start:start + size]))
         total = parts if total is None else [x + y for x, y in zip(total, parts)]
     return total
 
@@ -259,21 +258,21 @@ def update(model, optimizer, rollout, args, engine, loss=grpo_loss):
 
     args: clip_low, clip_high, kl, grad_clip, v_dtype, tokens_per_micro_batch and recompute of
     train.py's flags. engine: the module with logprobs and accumulate, this one or fast.
-    Returns statistics' sums, the loss and the gradient's norm.
+    Returns this rank's statistics and loss, and the gradient's norm.
     """
     params = optimizer.param_groups[0]["params"]
-    tokens, = ranks.total(int(rollout.mask.sum()))  # of all ranks: N ranks must do what one does
+    [tokens] = ranks.total(int(rollout.mask.sum()))  # of all ranks: N ranks must do what one does
     denominator = max(tokens, 1)
-    rows = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
+    index = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
 
-    def share(batch):  # what a micro-batch adds to the gradient
+    def part(batch):  # what a micro-batch adds to the gradient
         logp = engine.logprobs(model, batch, args.recompute)
         value = loss(logp, batch, denominator, args)
         gradients = torch.autograd.grad(value, params)
         return [*gradients, statistics(logp, batch, args), value.detach().double()]
 
-    total = engine.accumulate(share, rollout, rows, args.tokens_per_micro_batch)
-    if total is None:  # no group had a signal
+    total = engine.accumulate(part, rollout, index, args.tokens_per_micro_batch)
+    if total is None:  # no row had a signal; Adam still moves v by its momentum
         total = [torch.zeros_like(p) for p in params] + [torch.zeros(4), torch.zeros(())]
     *gradients, sums, value = total
     for p, gradient in zip(params, gradients):

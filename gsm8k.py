@@ -1,26 +1,25 @@
 """The task: problems, prompts and scores of GSM8K and of files shaped like it or like MATH.
 
-A task is a module with two functions; `python train.py --task FILE.py` takes another one, see
-docs/your-own-task.md:
+A task is a module of two functions (python train.py --task FILE.py; docs/your-own-task.md):
 
-    prompt(row, instruction) -> the user's turn, a text
-    score(text, row)         -> {"name": reward, ...}, what a response to the row earns
+    prompt(problem, instruction) -> the user's turn; instruction: --instruction, or None
+    score(text, problem)         -> {"name": reward, ...}: what a response earns; "" must do too
 
-and, where rows are more than the JSON lines of train.jsonl and test.jsonl, a third:
+and, where problems are more than the JSON lines of train.jsonl and test.jsonl, a third:
 
-    load(data, eval_only)    -> (training rows, test rows), dicts; "solution" is for --algo sft
+    load(data, eval_only) -> (training problems, test problems): dicts; "solution" is for SFT
 
-This task has three scores, always reported side by side, because much of a gain can be answer
-format (the paper reports the strict one; on the lenient one a reproduction saw far less):
+This task has three scores, always reported side by side, because much of a gain can be mere
+format (the paper reports the strict one; on the lenient one a reproduction gained far less):
 
     strict   the text says "#### <number>" in its last 300 characters, the paper's rule; the last
-             one counts.
+             well-formed one counts.
     lenient  the strict answer if there is one, else the last number anywhere in the text.
     format   the text says "#### <number>" there, whatever the number. As the reward it is the
-             control: what it gains on the other two was format.
+             control: strict and lenient then rise by format alone.
 
-A row with a "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{},
-strict and format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.
+A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
+format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.
 """
 import os
 import re
@@ -41,7 +40,7 @@ SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
 
 # [0-9] and not \d, which takes the digits of every script.
 NUMBER = r"[-+]?[$€£]?[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-# What would make another value of it on the same line: 5/2, 5^2, 5², 1e3, 1,0000, 5'000, 5:30,
+# What, right after the number, makes another value of it: 5/2, 5^2, 5², 1e3, 1,0000, 5'000, 5:30,
 # 5-6, 5 + 6, 5 or 6, 5 1/2, 5 million, 5k. A unit, a full stop or markup ends the number.
 MORE = (r"[0-9²³]|[.,:'_][0-9]|[ \t]*(?:[/^*×=]|[-+–][ \t]*[$(]?[0-9])|[eE][-+]?[0-9]|"
         r"[ \t]+[0-9(]|[ \t]*,?[ \t]*(?:or|and|to)\b[ \t]*[-+$]?[0-9]|[kKMxX]\b|"
@@ -51,10 +50,7 @@ ANY = re.compile(NUMBER)
 
 
 def canonical(number):
-    """One spelling per value: "$1,800.00" -> "1800", "-07.50" -> "-7.5", "-0" -> "0".
-
-    Strings only: a float would round long answers.
-    """
+    """One spelling per value: "$1,800.00" -> "1800", "-07.50" -> "-7.5", "-0" -> "0"."""
     sign = "-" if "-" in number else ""
     whole, _, fraction = re.sub(r"[^0-9.]", "", number).partition(".")
     text = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
@@ -72,44 +68,41 @@ def extract_answer(text, strict=True):
     return canonical(found[-1]) if found else None
 
 
-def score(text, row):
-    """{"strict", "lenient", "format": 1.0 or 0.0} of a response to a row that load() gave."""
-    if row["boxed"]:
+def score(text, problem):
+    """{"strict", "lenient", "format": 1.0 or 0.0} of a response to a problem that load() gave."""
+    if problem["boxed"]:
         answer = boxed(text)
-        strict = answer is not None and same(answer, row["answer"])
+        strict = answer is not None and same(answer, problem["answer"])
         last = extract_answer(text, strict=False) if answer is None else None
-        lenient = strict or (last is not None and same(last, row["answer"]))
+        lenient = strict or (last is not None and same(last, problem["answer"]))
     else:
         answer = extract_answer(text)
-        strict = answer == row["gold"]
-        lenient = extract_answer(text, strict=False) == row["gold"]
+        strict = answer == problem["gold"]
+        lenient = extract_answer(text, strict=False) == problem["gold"]
     return {"strict": float(strict), "lenient": float(lenient), "format": float(bool(answer))}
 
 
-def prompt(row, instruction=None):
-    """The user's turn: the question and what is asked of the answer (--instruction)."""
+def prompt(problem, instruction=None):
+    """The user's turn: the question and what is asked of the answer."""
     if instruction is None:
-        instruction = BOXED_INSTRUCTION if row["boxed"] else INSTRUCTION
-    return row["question"] + instruction
+        instruction = BOXED_INSTRUCTION if problem["boxed"] else INSTRUCTION
+    return problem["question"] + instruction
 
 
 def checked(row, where):
-    """A JSON object of the file -> a row {"question", "answer", "gold", "boxed", "solution"}.
+    """A JSON object of the file -> {"question", "answer", "gold", "boxed", "solution"}.
 
-    "question" has as "answer" a worked solution that ends in "#### <number>", or the number alone;
-    "problem" an "answer" in LaTeX. None: a row without answer, as MATH's copies have a few.
+    With "question", "answer" is a solution that ends in "#### <number>", or the number; with
+    "problem", LaTeX. None: an empty answer in LaTeX, as MATH's copies have a few.
     """
     is_boxed = isinstance(row.get("problem"), str)
     question = row.get("problem" if is_boxed else "question")
     answer = row.get("answer")
     solution = row.get("solution")
-    if type(answer) is float and answer.is_integer():
-        answer = int(answer)
     if type(answer) in (int, float):
         answer = str(answer)
     if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
-        raise InputError(f'{where}: needs "question" and "answer", or "problem" and "answer", '
-                         f'all text')
+        raise InputError(f'{where}: needs "question" or "problem", and "answer", as text')
     gold = None
     if is_boxed:
         if not answer.strip():
@@ -127,12 +120,12 @@ def checked(row, where):
 
 
 def read_problems(path):
-    """A jsonl file -> rows, see checked. InputError names the file and the line."""
-    rows = [checked(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
-    rows = [row for row in rows if row is not None]
-    if not rows:
+    """A jsonl file -> problems, see checked. InputError names the file and the line."""
+    found = [checked(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
+    problems = [problem for problem in found if problem is not None]
+    if not problems:
         raise InputError(f"{path}: holds no problems")
-    return rows
+    return problems
 
 
 def load(data, eval_only=False):

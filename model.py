@@ -1,8 +1,8 @@
 """A decoder for Qwen2.5 and Llama 3, written out by hand and read from Hugging Face folders.
 
-Both families are the same pre-norm transformer: RMSNorm, rotary positions, grouped-query attention,
-SwiGLU. They differ in a bias on q, k and v (Qwen2.5 has one, Llama has none) and in the rope table.
-Parameter names are the checkpoint's, so loading is a strict copy.
+Both are the same pre-norm transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+They differ in a bias on q, k and v (Qwen2.5 has one, Llama has none) and in the rope table.
+Parameter names are the checkpoint's without "model.", so loading is a strict copy.
 
     model = load("folder", torch.bfloat16, "cuda")
     logits = model(ids)                      # (B, T) -> (B, T, vocab)
@@ -11,8 +11,9 @@ Parameter names are the checkpoint's, so loading is a strict copy.
     logits = model(next_ids, cache)          # (B, 1): one more token for every row
 
 One rule serves training, prefill and decoding alike: every key has a position, and a query sees the
-keys whose position is at most its own. Padding has the position NEVER, which is larger than any
-query's. No mask is ever guessed from `ids != pad`: id 0 may be a real token.
+keys whose position is at most its own. Padding has the position NEVER, larger than any real
+query's (padded queries see all keys, so no softmax is empty; their output is not used). No mask is
+ever guessed from `ids != pad`: id 0 may be a real token.
 
 Shapes in the comments: B rows, T tokens of this call, S keys (earlier ones included), C hidden
 size, H query heads, KV key heads, D head size.
@@ -49,7 +50,7 @@ def pad(rows, device):
 
 
 def rope_frequencies(config):
-    """(D / 2,) rotary frequencies in radians per position, fp32, with Llama 3's scaling if any."""
+    """(D / 2,) rotary frequencies, radians per position, fp32; with Llama 3's scaling if any."""
     # device="cpu": inside load()'s meta device this table must still hold real numbers
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / config.rope_theta ** (exponent / config.head_dim)
@@ -81,14 +82,14 @@ class Cache:
         c = model.config
         like = model.embed_tokens.weight  # its dtype and device
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
-        self.k = like.new_zeros(shape)  # zeros: a column not yet written may hold NaN, and 0 * NaN
-        self.v = like.new_zeros(shape)  # is NaN even where the attention weight is 0
+        self.k = like.new_zeros(shape)
+        self.v = like.new_zeros(shape)
         self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens
-        self.used = 0  # columns written, the same for all rows
+        self.used = 0  # columns, the same for all rows; hidden() counts a call's before the blocks
 
     def append(self, layer, k, v):
-        """Store k, v (B, KV, T, D) of this call; returns the layer's keys and values so far."""
+        """Store k, v (B, KV, T, D) in the last T used columns; returns all used ones."""
         columns = slice(self.used - k.shape[2], self.used)
         self.k[layer, :, :, columns] = k
         self.v[layer, :, :, columns] = v
@@ -109,7 +110,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):  # (..., C)
-        # normalised in fp32, cast back BEFORE the weight: so the checkpoints were trained
+        # normalised in fp32, cast back BEFORE the weight, as the checkpoints were trained
         normed = F.rms_norm(upcast(x), x.shape[-1:], eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
@@ -137,9 +138,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D): this call's keys come last
         # grouped queries: query head h reads key head h // (H / KV)
-        share = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(share, dim=1)  # (B, H, S, D)
-        v = v.repeat_interleave(share, dim=1)  # (B, H, S, D)
+        per_key = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(per_key, dim=1)  # (B, H, S, D)
+        v = v.repeat_interleave(per_key, dim=1)  # (B, H, S, D)
         # not is_causal=True: with a cache torch aligns that triangle to the top left, a silent bug
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         # How many ids the tokenizer has. Qwen2.5's table is wider (151,936 rows for 151,665 ids),
         # and a row without a token must never be sampled: train.py sets the true number.
         self.vocab = config.vocab_size
-        # from_pretrained(empty): nn.Embedding's own initialiser imports sympy for seconds on meta
+        # from_pretrained(empty): nn.Embedding's initialiser takes seconds on the meta device
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

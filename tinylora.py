@@ -5,29 +5,29 @@ in 13 Parameters", Morris et al., arXiv 2602.04118, section on TinyLoRA).
 
 W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs), frozen. P_1 to P_u
 are fixed random r x r matrices, different for every module. v (u numbers) is all that is trained.
-Modules that share one v are a `tie`: Qwen2.5-7B has 28 x 7 = 196 modules; tied 16 by 16 they form
-13 ties, so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is the base model,
-bit for bit. Nothing is merged into W: a bf16 weight would round most of so small a change away.
+Modules that share one v are a `tie`: Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form 13
+ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is the
+base model bit for bit. Nothing is merged into W: bf16 would round most of the change away.
 
 SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Adam moves
 v by about lr a step whatever the gradient's size, so what counts is lr x scale:
 
-    implementation   delta W                               P entries   std of R / v   our lr =
+    implementation   delta W                               P entries   R per v_i      our lr =
     this file        U S R V^T                             N(0, 1)     1/sqrt(u)      lr
     author's fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16/sqrt(u)     16 x lr
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   1/sqrt(r)      sqrt(u/r) x lr
 
 S stands left of R here, right of it in the fork and on both sides in PEFT: entry (i, j) of R is
-weighted by s_i, s_j and sqrt(s_i s_j), which no learning rate undoes; the diagonal agrees. With
-P = sqrt(u) S^-1/2 P_peft S^1/2 this file and PEFT compute the same delta W from one v (tested).
+weighted by s_i, s_j and sqrt(s_i s_j), in this order; no learning rate undoes that.
 
-LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, and P_i the r^2 unit matrices
-instead of random ones (and no 1/sqrt(u), so v IS R). All the rest is the same code.
+LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i the r^2 unit matrices and no
+1/sqrt(u), so v IS R. All the rest is the same code.
 
-THE FILE. An adapter is one safetensors file whose only tensor is v: 26 bytes for 13 numbers in
-bf16. All else is rebuilt: P from numpy's RandomState, a stream frozen by policy, seeded by (seed,
-module number); U S V^T from the base model, which a fingerprint identifies, with a rule for signs.
-Another processor, thread count or engine rounds the SVD otherwise: equal then to its tolerance.
+THE FILE. An adapter is a safetensors file of one tensor, v (13 numbers: 52 bytes in fp32, 26 in
+bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from numpy's
+RandomState, a stream frozen by policy, seeded by [1, seed, module number, 0]; U S V^T from the base
+model, which a fingerprint identifies, with a rule for the signs. On another processor, thread count
+or engine the SVD, and so the adapter, is equal only up to rounding.
 """
 import math
 import sys
@@ -51,11 +51,11 @@ TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 @torch.no_grad()
 def truncated_svd(W, rank):
-    """The top `rank` singular triplets of W (m, n), fp32: U (m, rank), S (rank,), V (n, rank), 0.0.
+    """The top singular triplets of W (m, n): U (m, rank), S (rank,), V (n, rank), fp32, residual.
 
-    The last is the residual, which only an iterative solver has (fast/lanczos.py). An SVD leaves
-    the sign of each pair (u, v) open, and R's off-diagonal entries would change meaning with it.
-    The rule: the entries of each u sum to a positive number. InputError: W holds NaN or infinity.
+    The residual is 0.0: only an iterative solver has one (fast/lanczos.py). An SVD leaves the sign
+    of each pair of columns open, and R's off-diagonal entries would change meaning with it. The
+    rule: each column of U sums to a positive number. InputError: W holds NaN or infinity.
     """
     m, n = W.shape
     if W.is_meta:  # shapes are enough to count the trainable numbers of a 7B model
@@ -72,7 +72,7 @@ def truncated_svd(W, rank):
 
 
 def svd(weights, rank):
-    """truncated_svd of each weight in turn; the plain engine's, see grpo.Engine."""
+    """truncated_svd of each weight in turn: the plain engine's solver, see train.Run."""
     for W in weights:
         yield truncated_svd(W, rank)
 
@@ -109,8 +109,8 @@ class TinyLoRALinear(nn.Module):
 def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
-    Every seed in this project has four words, the first saying what it is for: numpy pads short
-    seeds with zeros, so [5, 3] and [5, 3, 0] would be one stream.
+    Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
+    4 evaluation): numpy folds short ones, [5, 3] and [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -119,16 +119,13 @@ def random_P(u, rank, seed, index):
 def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """Which tie each of the 7 * layers modules belongs to: (tie of each module, ties, u, n_tie).
 
-    Trained numbers = ties x u; params: how many are wanted (None: 13, or what u and n_tie make).
+    Trained numbers = ties x u; params: how many are wanted (None: 13; with n_tie, what that makes).
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
-    Ties follow the paper's rule, index // n_tie, where some n_tie (the smallest is taken) gives
-    their number: 13 on 196 modules are 12 ties of 16 and one of 4. Else their sizes differ by at
-    most one, and the n_tie returned is None. With more numbers than modules, the number of ties is
-    the largest divisor of params that is at most the number of modules. InputError: no such plan.
+    As the paper, module i has tie i // n_tie, for the smallest n_tie that makes the wanted number
+    of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties differ in size
+    by at most one, and the n_tie returned is None. With more numbers than modules, the number of
+    ties is the largest divisor of params up to the number of modules. InputError: no such plan.
     """
-    for name, value in (("params", params), ("u", u), ("n-tie", n_tie)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: must be at least 1")
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, 7 * layers) if tying == "tiled" else (7, layers)
     if n_tie is not None:
@@ -166,14 +163,11 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     """Freeze the model and put a TinyLoRALinear in the place of all 7 linears of every block.
 
     Returns v (ties, u), fp32, zeros: the one trainable tensor. params, u, n_tie, tying: see plan.
-    method: or "lora-xs", whose sizes follow from the rank. svd: another solver for the same factors
-    (fast/lanczos.py). model.adapter gets the settings that an adapter file needs.
-    InputError: there is no such plan, or a weight is damaged.
+    method: or "lora-xs", whose sizes follow from the rank. svd: the solver, or fast/lanczos.py's.
+    model.adapter gets the settings for the file. InputError: no such plan, or a damaged weight.
     """
     if hasattr(model, "adapter"):
         raise ValueError("this model carries an adapter already")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed {seed}: must be 0 to {2**32 - 1}")
     c = model.config
     fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
     if not 1 <= rank <= fits:
@@ -207,10 +201,10 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     return v
 
 
-def save(path, v, model, dtype="fp32", base=""):
+def save(path, v, model, dtype="fp32", name=""):
     """Write v alone, as `dtype`; in the header, model.adapter and the base model's name, a hint."""
-    metadata = {"format": "tinylora", "version": VERSION, "model": base}
-    metadata |= {name: str(value) for name, value in model.adapter.items()}
+    metadata = {"format": "tinylora", "version": VERSION, "model": name}
+    metadata |= {key: str(value) for key, value in model.adapter.items()}
     flat = v.detach().flatten().to("cpu", DTYPES[dtype])
     with replacing(path) as temporary:
         temporary.write_bytes(sorted_header(to_bytes({"v": flat}, metadata)))
@@ -220,8 +214,7 @@ def save(path, v, model, dtype="fp32", base=""):
 def load(path, model, svd=svd):
     """Put the adapter in `path` on `model` and return v (ties, u), fp32.
 
-    A bare model is adapted with the file's settings; an adapted one must have the same.
-    InputError says what differs: another base model, or other settings.
+    An adapted model must have the file's settings. InputError: another base, other settings.
     """
     stored, wanted = read(path)
     here = getattr(model, "adapter", None)
@@ -243,4 +236,4 @@ def load(path, model, svd=svd):
 
 
 if __name__ == "__main__":
-    sys.exit("python tinylora.py show|export is now: python -m tools.export show|export ...")
+    sys.exit("it is now: python -m tools.export show|export ...")

@@ -1,11 +1,11 @@
 """Train a frozen model to reason with a handful of numbers.
 
-    python train.py --params 13                                   # the toy, minutes on a laptop
+    python train.py --params 13                   # the toy, minutes on a laptop
     python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct  # the paper's, on one GPU
-    python train.py --eval-only --model M --data D [--adapter A]  # evaluate
-    python train.py --chat [--adapter A]                          # ask it something
-    python train.py --resume DIR [--steps N]     # go on with a run that stopped, or extend it
-    torchrun --nproc_per_node 8 train.py ...     # many GPUs, or CPUs (support/ranks.py)
+    python train.py --eval-only --model M --data D [--adapter A]
+    python train.py --chat [--adapter A]          # ask it something
+    python train.py --resume DIR [--steps N]      # go on with a run that stopped, or extend it
+    torchrun --nproc_per_node 8 train.py ...      # many GPUs, or CPUs (support/ranks.py)
 """
 import importlib
 import sys
@@ -31,35 +31,35 @@ from support.live import LiveBar
 from support.params import reference_logprobs
 from support.threads import choose_threads
 
-# The recipe: name, default, kind, meaning. None: the text says what decides. A model folder may
-# bring other defaults in its tinylora.json; the program's other flags are in support/flags.py.
+# The recipe: name, default, kind, meaning. None: decided later, as the text says. A model folder
+# may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
 RECIPE = [
     ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "or what the paper compares"),
-    ("params", None, count, "how many numbers to train (13, or what --u and --n-tie make)"),
+    ("params", None, count, "how many numbers to train (13; with --n-tie: ties x u)"),
     ("u", None, count, "numbers per tie (1 unless --params exceeds the modules)"),
-    ("n-tie", None, count, "modules (tiled) or layers (structured) that share v"),
-    ("tie", "tiled", ["tiled", "structured"], "which modules share v"),
-    ("rank", None, count, "of the SVD directions (2), or of LoRA (1)"),
+    ("n-tie", None, count, "modules (tiled) or layers (structured) per tie"),
+    ("tie", None, ["tiled", "structured"], "who shares v (tiled)"),
+    ("rank", None, count, "number of SVD directions (2), or LoRA's rank (1)"),
     ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "of the trained numbers, kept and saved"),
-    ("seed", 0, seed, "of P, of the problems' order and of the sampling"),
-    ("algo", "grpo", ["grpo", "es", "sft"], "or search without gradients, or worked solutions"),
-    ("steps", None, natural, "training steps (3 epochs of the training problems)"),
+    ("seed", 0, seed, "of P, the problems' order and the sampling"),
+    ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or worked solutions"),
+    ("steps", None, natural, "training steps (3 epochs)"),
     ("prompts", 64, count, "problems a step"),
     ("group", 4, count, "responses to each problem"),
     ("minibatches", 2, count, "Adam updates a step"),
     ("lr", None, positive, "learning rate (tinylora, lora-xs 1.6e-4; lora 2e-5; full 1e-6)"),
-    ("warmup", 0.05, fraction, "share of the updates with rising lr, then constant"),
-    ("temperature", 1.0, positive, "of sampling, in sampler and trainer alike"),
-    ("max-new-tokens", 1024, count, "longest response (in the paper up to 4096)"),
+    ("warmup", 0.05, fraction, "share of updates with rising lr"),
+    ("temperature", 1.0, positive, "of the sampling"),
+    ("max-new-tokens", 1024, count, "longest response (paper: up to 4096)"),
     ("clip-low", 0.2, fraction, "the ratio's clip below 1"),
     ("clip-high", 0.4, positive, "the ratio's clip above 1"),
-    ("kl", 0.0, nonnegative, "weight of the KL to the starting policy (for MATH: 0.001)"),
+    ("kl", 0.0, nonnegative, "weight of the KL to the reference (MATH: 0.001)"),
     ("grad-clip", 1.0, positive, "largest gradient norm"),
-    ("reward", None, str, "which of the task's scores is paid (its first; gsm8k.py: strict)"),
+    ("reward", None, str, "the score that is paid (the task's first: strict)"),
 ]
-# TinyLoRA's is the paper's fork's 1e-5 at its scale of 16, see tinylora.py.
+# tinylora's: the fork's 1e-5 times its scale of 16, see tinylora.py.
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}
-MODES = (False, True)  # sampled? every evaluation is made twice: greedily, and at T = 1
+SAMPLED = (False, True)  # every evaluation is made twice: greedily, and at T = 1
 
 
 @dataclass
@@ -69,13 +69,13 @@ class Run:
     model: transformer.Transformer
     chat: Chat  # tokenizer and chat template
     task: object  # prompt and score: gsm8k.py, or --task
-    scores: list  # the names of the task's scores
-    engine: object  # generate, logprobs, accumulate, svd: grpo.py, or fast/
+    score_names: list  # of the task; the first is its main one
+    engine: object  # the module with generate, logprobs, accumulate, svd: grpo, or fast
 
 
-def pick(step, problems, args):
-    """What step `step` (from 0) takes: positions in an endless series of shuffled epochs, and
-    the numbers of the problems there. Each rank takes its share of every mini-batch.
+def pick(step, count, args):
+    """What step `step` (from 0) takes of `count` problems: positions in an endless series of
+    shuffled epochs, and the problems' numbers. Each rank takes its share of every mini-batch.
     """
     per_batch = args.prompts // args.minibatches
     positions = []
@@ -84,25 +84,26 @@ def pick(step, problems, args):
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
     chosen = []
     for position in positions:
-        epoch, i = divmod(position, problems)
-        order = np.random.RandomState([2, args.seed, epoch, 0]).permutation(problems)
+        epoch, i = divmod(position, count)
+        order = np.random.RandomState([2, args.seed, epoch, 0]).permutation(count)
         chosen.append(int(order[i]))
     return positions, chosen
 
 
 def learning_rate(update, args):
-    """Linear warm-up over the first --warmup share of all updates (from 0), then constant."""
+    """Of update number `update` (from 0): rises linearly from lr / warmup to lr, then constant."""
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
     return args.lr * min(1, (update + 1) / warmup)
 
 
-def roll_out(run, rows, group, noise, temperature, label, **more):
-    """`group` responses to each of the task's rows, --rollout-rows at once -> Rollout.
+def roll_out(run, problems, group, noise, temperature, label, **more):
+    """`group` responses to each of the problems, --rollout-rows at once -> Rollout.
 
-    noise: (rows x group, max_new_tokens). more: what else the engine's generate takes, per row.
+    noise: (problems x group, max_new_tokens). more: what only fast.generate takes, per problem.
     """
     args = run.args
-    prompts = [run.chat.prompt(run.task.prompt(row, args.instruction), args.system) for row in rows]
+    texts = [run.task.prompt(problem, args.instruction) for problem in problems]
+    prompts = [run.chat.prompt(text, args.system) for text in texts]
     chunk = max(1, args.rollout_rows // group)
     parts = []
     with LiveBar(label, len(prompts) * group, args.max_new_tokens) as bar:
@@ -118,34 +119,35 @@ def roll_out(run, rows, group, noise, temperature, label, **more):
     return grpo.Rollout.join(parts)
 
 
-def score(run, rollout, rows):
+def score(run, rollout, problems):
     """(texts, {name: (B,) tensor}): the responses as text, and what the task says of each."""
-    group = len(rollout.prompts) // len(rows)
+    group = len(rollout.prompts) // len(problems)
     ids = rollout.ids.cpu()
     mask = rollout.mask.cpu()
     texts = [run.chat.decode(i, m) for i, m in zip(ids, mask)]
-    scores = [run.task.score(text, rows[i // group]) for i, text in enumerate(texts)]
-    return texts, {name: torch.tensor([s[name] for s in scores]) for name in scores[0]}
+    scores = [run.task.score(text, problems[i // group]) for i, text in enumerate(texts)]
+    return texts, {name: torch.tensor([float(s[name]) for s in scores])
+                   for name in run.score_names}
 
 
-def evaluate(run, rows, label, step, sampled=False):
+def evaluate(run, problems, label, step, sampled=False):
     """Fixed problems, greedy or at T = 1 with fixed noise: {score name or "length": mean}."""
     start = time.time()
     label = f"{label} at T = 1" if sampled else f"{label}, greedy"
-    numbers = range(len(rows))[ranks.share(len(rows))]  # this rank's problems
+    numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's
     results = []
     if numbers:  # there may be more ranks than problems
-        some = [rows[i] for i in numbers]
+        some = [problems[i] for i in numbers]
         noise = grpo.uniforms([[4, 0, i, 0] for i in numbers], run.args.max_new_tokens)
         rollout = roll_out(run, some, 1, noise, 1.0 if sampled else 0.0, label)
         texts, scores = score(run, rollout, some)
-        columns = [scores[name].tolist() for name in run.scores]
+        columns = [scores[name].tolist() for name in run.score_names]
         results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
     texts, *columns = zip(*ranks.gather(results))
-    means = {name: sum(column) / len(rows)
-             for name, column in zip(["length", *run.scores], columns)}
-    report.write_samples(run, rows, texts, step, sampled)
-    report.print_evaluation(label, means, len(rows), time.time() - start, run.scores)
+    means = {name: sum(column) / len(problems)
+             for name, column in zip(["length", *run.score_names], columns)}
+    report.write_samples(run, problems, texts, step, sampled)
+    report.print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
     return means
 
 
@@ -157,48 +159,49 @@ def adapt(model, args, engine):
     elif args.adapter:
         params = [tinylora.load(args.adapter, model, engine.svd)]
     else:
-        params = [tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie, args.rank or 2,
-                                 args.seed, args.method, engine.svd)]
-    report.print_adapted(model, params, args)  # InputError if --adapter is not what flags say
+        params = [tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie or "tiled",
+                                 args.rank or 2, args.seed, args.method, engine.svd)]
+    report.check_adapted(model, params, args)
     return params
 
 
-def save(model, params, args, folder):
-    """What was learned, in the form that its users expect; returns the path."""
+def save(model, params, args, model_folder):
+    """What was learned: adapter.safetensors, or what methods/lora.py writes; returns the path."""
     if args.method in ("lora", "full"):
         from methods import lora
-        return lora.save_run(model, args, folder)
+        return lora.save_run(model, args, model_folder)
     path = Path(args.out) / "adapter.safetensors"
     tinylora.save(path, params[0], model, args.v_dtype, args.model)
     return path
 
 
-def train(run, params, optimizer, reference, done, train_rows, test_rows, log_elsewhere):
-    """The training loop. Every step is written down, so that --resume goes on after it."""
+def train(run, params, optimizer, reference, state, train_problems, test_problems, log_elsewhere):
+    """The loop. Every step is written down, so that --resume goes on after it."""
     args = run.args
     out = Path(args.out)
-    began = time.time() - done["seconds"]  # as if the run had never stopped
-    for step in range(done["step"], args.steps):
+    began = time.time() - state["seconds"]  # as if the run had never stopped
+    for step in range(state["step"], args.steps):
         start = time.time()
         # 1. some problems
-        positions, numbers = pick(step, len(train_rows), args)
-        rows = [train_rows[i] for i in numbers]
+        positions, numbers = pick(step, len(train_problems), args)
+        problems = [train_problems[i] for i in numbers]
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
 
         # 2. a group of responses to each, their scores, their advantages
         if args.algo == "grpo":
             keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
             noise = grpo.uniforms(keys, args.max_new_tokens)
-            rollout = roll_out(run, rows, args.group, noise, args.temperature, f"step {step + 1}")
-            _, scores = score(run, rollout, rows)
+            label = f"step {step + 1}"
+            rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
+            _, scores = score(run, rollout, problems)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
             rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
             if args.kl > 0:
-                rollout.base_logp = reference_logprobs(run, rollout, params, reference)
+                rollout.ref_logp = reference_logprobs(run, rollout, params, reference)
             loss = grpo.grpo_loss
         elif args.algo == "sft":
             from methods import sft
-            rollout = sft.solutions(run, rows)
+            rollout = sft.solutions(run, problems)
             scores = {}
             loss = sft.sft_loss
 
@@ -206,7 +209,7 @@ def train(run, params, optimizer, reference, done, train_rows, test_rows, log_el
         if args.algo == "es":
             from methods import es
             optimizer.param_groups[0]["lr"] = rates[-1]
-            rollout, scores, updates = es.step(run, optimizer, rows, positions, roll_out, score)
+            rollout, scores, updates = es.step(run, optimizer, problems, positions, roll_out, score)
         else:
             updates = []
             for rate, batch in zip(rates, rollout.split(args.minibatches)):
@@ -217,19 +220,18 @@ def train(run, params, optimizer, reference, done, train_rows, test_rows, log_el
         row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
         ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            result = evaluate(run, test_rows, f"evaluation after step {step + 1}", step + 1)
+            result = evaluate(run, test_problems, f"evaluation after step {step + 1}", step + 1)
             row |= {f"eval_{name}": value for name, value in result.items()}
         report.log_step(row, run, out, log_elsewhere)
-        done["step"] = step + 1
-        done["tokens"] += row["tokens"]
-        done["seconds"] = time.time() - began
+        state |= {"step": step + 1, "tokens": state["tokens"] + row["tokens"],
+                  "seconds": time.time() - began}
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            resume.save(out, done, params, optimizer, reference)
-    return [evaluate(run, test_rows, "evaluation", args.steps, sampled) for sampled in MODES]
+            resume.save(out, state, params, optimizer, reference)
+    return [evaluate(run, test_problems, "evaluation", args.steps, mode) for mode in SAMPLED]
 
 
 def work(args):
-    """One run: problems, settings, model, what is trained; then the evaluation or the training."""
+    """One run: problems, settings, model; then the evaluation or the training."""
     if args.chat:
         from tools import chat
         return chat.converse(args)
@@ -238,52 +240,52 @@ def work(args):
     if args.resume and resume.is_finished(out, args.steps):
         return None
     task = load_task(args.task) if args.task else gsm8k
-    train_rows, test_rows = task.load(args.data, args.eval_only)
-    test_rows = test_rows[:args.eval_count]
-    scores = list(task.score("", test_rows[0]))
-    settle(args, scores, train_rows)
+    train_problems, test_problems = task.load(args.data, args.eval_only)
+    test_problems = test_problems[:args.eval_count]
+    score_names = list(task.score("", test_problems[0]))
+    settle(args, score_names, train_problems)
     report.print_settings(vars(args))
     log_elsewhere = report.wandb_logger(args)
 
     make_folder(out)
     with resume.alone(out):
-        settings = resume.begin(args, out, [train_rows, test_rows])
+        settings = resume.begin(args, out, [train_problems, test_problems])
         folder = find_model(args.model)
         chat = Chat(folder)
         model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
         if chat.vocab > model.vocab:
-            raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model {model.vocab}")
+            raise InputError(f"{folder}: {chat.vocab} token ids, a table of {model.vocab} rows")
         model.vocab = chat.vocab
         choose_threads(model, args.device)
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)
         params = adapt(model, args, engine) if args.adapter or not args.eval_only else []
         resume.complete(settings, args, out, model, chat)
-        run = Run(args, model, chat, task, scores, engine)
+        run = Run(args, model, chat, task, score_names, engine)
         if args.engine == "fast":
-            few = [chat.prompt(task.prompt(row, args.instruction)) for row in test_rows[:3]]
-            engine.check(model, few, chat.stop_ids)  # InputError: it is not what grpo.py computes
+            texts = [task.prompt(problem, args.instruction) for problem in test_problems[:3]]
+            engine.check(model, [chat.prompt(text) for text in texts], chat.stop_ids)
             if args.cuda_graph:
                 engine.use_graphs(model)
         if args.eval_only:
-            results = [evaluate(run, test_rows, "evaluation", 0, sampled) for sampled in MODES]
-            return report.write_evaluation(run, results, len(test_rows), began)
+            results = [evaluate(run, test_problems, "evaluation", 0, mode) for mode in SAMPLED]
+            return report.write_evaluation(run, results, len(test_problems), began)
 
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
         reference = [p.detach().clone() for p in params] if args.kl > 0 else None
-        done = resume.load(out, params, optimizer, reference) if args.resume else None
-        if done is None:
-            base = [evaluate(run, test_rows, "evaluation", 0, sampled) for sampled in MODES]
+        state = resume.load(out, params, optimizer, reference) if args.resume else None
+        if state is None:
+            base = [evaluate(run, test_problems, "evaluation", 0, mode) for mode in SAMPLED]
             seconds = time.time() - began
-            done = {"step": 0, "tokens": 0, "seconds": seconds, "base": base, "slot": 1}
-            resume.save(out, done, params, optimizer, reference)
-        ranks.agree(done["step"], "the step they go on from")
+            state = {"step": 0, "tokens": 0, "seconds": seconds, "base": base, "slot": 1}
+            resume.save(out, state, params, optimizer, reference)
+        ranks.agree(state["step"], "the step they go on from")
         with program.saving_on_error(save, model, params, args, folder):
-            final = train(run, params, optimizer, reference, done, train_rows, test_rows,
+            final = train(run, params, optimizer, reference, state, train_problems, test_problems,
                           log_elsewhere)
-        if not ranks.RANK:
+        if ranks.RANK == 0:
             saved = save(model, params, args, folder)
-            report.write_summary(run, params, saved, done, final, len(test_rows))
+            report.write_summary(run, params, saved, state, final, len(test_problems))
 
 
 def main(argv=None):

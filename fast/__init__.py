@@ -1,10 +1,9 @@
-"""The fast engine: what model.py, tinylora.py and grpo.py compute, sooner, on the same model object.
+"""The fast engine: what model.py, tinylora.py and grpo.py compute, sooner, on the same model.
 
     forward.py    the model's forward pass over real tokens only
     cache.py      keys and values shared by the rows of a group, and attention
     sampling.py   generate        training.py   logprobs, accumulate
-    lanczos.py    the truncated SVD              threads.py    how many threads work on what
-    graph.py      --cuda-graph
+    lanczos.py    the truncated SVD              graph.py      --cuda-graph
 
 It adds nothing to the model and changes nothing in it. train.py uses this module as the `engine`
 unless --engine plain is given, and calls check first.
@@ -19,15 +18,14 @@ import model as plain_model
 from fast.graph import use_graphs
 from fast.lanczos import svd
 from fast.sampling import generate
-from fast.threads import choose
 from fast.training import accumulate, logprobs
 from support.errors import InputError
 from tinylora import TARGETS, TinyLoRALinear
 
-name = "fast"
-
 TOKENS = 6  # a response of the check
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+# of the differences between log-probs. In bf16 it is 0.001 on the toy and 0.04 on a random model of
+# SmolLM2's shape; other mathematics make it 1 and more.
+MEAN_IN_16_BITS = 0.2
 
 
 @contextmanager
@@ -42,7 +40,7 @@ def nonzero_adapters(model):
     try:
         with torch.no_grad():
             for p in params.values():
-                p += 0.03 * torch.randn(p.shape, generator=random).to(p)
+                p += 0.01 * torch.randn(p.shape, generator=random).to(p)
         yield
     finally:
         with torch.no_grad():
@@ -70,7 +68,7 @@ def check_types(model):
 
 
 def check(model, prompts, stop_ids):
-    """InputError unless both engines give the same log-probs on a few tokens after these prompts.
+    """InputError unless both engines give the same log-probs of a few tokens after these prompts.
 
     Whoever changes the mathematics in the plain files must not train something else unawares.
     """
@@ -79,16 +77,17 @@ def check(model, prompts, stop_ids):
     noise = grpo.uniforms([[7, 0, row, 0] for row in range(2 * len(prompts))], TOKENS)
     with torch.no_grad(), nonzero_adapters(model):
         args = model, prompts, 2, TOKENS, stop_ids, 0.8, noise
-        rollout = generate(*args)
-        plain = grpo.logprobs(model, rollout)
-        ours = logprobs(model, rollout)
-        again = grpo.generate(*args)
-    tolerance = TOLERANCE.get(model.embed_tokens.weight.dtype, 0.5)
-    worst = max((rollout.logp - plain).abs().max().item(), (ours - plain).abs().max().item())
-    print(worst, [x.ids.tolist()==rollout.ids.tolist() for x in (again,)])
-    # rounding may turn a draw; in 16 bits it often does
-    exact = tolerance < 0.01
-    texts = [x.ids[x.mask].tolist() for x in (rollout, again)]
-    if not worst <= tolerance or (exact and texts[0] != texts[1]):
+        quick = generate(*args)
+        plain = grpo.generate(*args)
+        want = grpo.logprobs(model, quick)  # (B, T), 0 where masked
+        ours = logprobs(model, quick)
+    exact = model.embed_tokens.weight.dtype in (torch.float32, torch.float64)
+    differences = torch.stack((quick.logp - want, ours - want)).abs()
+    if exact:  # rounding turns no draw, and 1e-3 is far more than it moves a log-prob by
+        texts = [x.ids[x.mask].tolist() for x in (quick, plain)]
+        same = texts[0] == texts[1] and differences.max() < 1e-3
+    else:
+        same = differences.sum() / (2 * quick.mask.sum()) < MEAN_IN_16_BITS
+    if not same:
         raise InputError("the fast engine computes other numbers than model.py, tinylora.py and "
                          "grpo.py; if you changed them, run with --engine plain")

@@ -7,8 +7,8 @@
 Each has the `attend` that forward.py asks for. Heads come first in every tensor, (KV, B, S, D): the
 rows that continue one prompt then lie side by side, and its keys are read once for all of them.
 
-Shapes: P prompts of S columns (the longest one's tokens), B rows, D head size, H query heads, KV key
-heads, R = H / KV query heads that share a key head (in training: times the tokens of a row).
+Shapes: P prompts of S columns (the longest one's tokens), B rows, D head size, H query heads, KV
+key heads, R = H / KV query heads that share a key head (in training: times the tokens of a row).
 """
 import math
 from copy import copy

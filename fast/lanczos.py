@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from support import threads
 from support.errors import InputError
 
 EXTRA = 6  # columns of a block beyond the wanted rank: they speed up convergence
@@ -99,12 +100,13 @@ def svd(weights, rank):
     if not weights or weights[0].device.type != "cpu":
         yield from (truncated_svd(W, rank) for W in weights)
         return
-    threads = torch.get_num_threads()
-    # LAPACK asks the thread that calls it
-    pool = ThreadPoolExecutor(min(threads, THREADS), initializer=torch.set_num_threads, initargs=(1,))
+    before = torch.get_num_threads()
+    workers = min(max(before, threads.workers), THREADS)
+    # the initializer, because LAPACK asks the thread that calls it
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         torch.set_num_threads(1)
         yield from pool.map(lambda W: truncated_svd(W, rank), weights)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -12,22 +12,6 @@ from fast.forward import Held, HeldMany, forward, logits, project
 from model import upcast
 
 SHRINK = 0.75  # rows are dropped when fewer than this part of them go on: dropping copies the cache
-CACHED = 2**18  # log-probs that a CPU's cache holds, so many are drawn from at once
-
-
-def sample(scores, temperature, uniform):
-    """grpo.sample, on a CPU some rows at a time: scores (B, vocab) -> tokens (B,), log-probs (B,)."""
-    B, vocab = scores.shape
-    some = B if scores.is_cuda else max(1, CACHED // vocab)
-    if some >= B:
-        return grpo.sample(scores, temperature, uniform)
-    parts = []
-    for start in range(0, B, some):
-        rows = slice(start, start + some)
-        u = None if uniform is None else uniform[rows]
-        parts.append(grpo.sample(scores[rows], temperature, u))
-    tokens, logp = zip(*parts)
-    return torch.cat(tokens), torch.cat(logp)
 
 
 class Decoder:
@@ -62,7 +46,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     """As grpo.generate. values (P, ties, u): a v of its own for every prompt (methods/es.py)."""
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
-    noise = grpo.noise_tensor(noise, B, max_new_tokens, temperature, device)
+    noise = grpo.noise_tensor(noise, (B, max_new_tokens), temperature, device)
     stops = torch.tensor(sorted(stop_ids), device=device)
 
     texts = Prompts(prompts, device)
@@ -83,29 +67,27 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     logp = torch.zeros(B, max_new_tokens, dtype=upcast(hidden).dtype, device=device)
     rows = torch.arange(B, device=device)  # the rows still in the batch
     done = torch.zeros(B, dtype=torch.bool, device=device)  # of these
-    # (the three results were made outside this block, so they stay ordinary tensors)
-    with torch.inference_mode():
-        for t in range(max_new_tokens):
-            uniform = None if noise is None else noise[rows, t]
-            token, token_logp = sample(logits(model, hidden), temperature, uniform)  # (B',) each
-            ids[rows, t] = token.masked_fill(done, 0)
-            mask[rows, t] = ~done
-            logp[rows, t] = token_logp.masked_fill(done, 0)
-            done = done | torch.isin(token, stops)
-            if t + 1 == max_new_tokens:
+    for t in range(max_new_tokens):
+        uniform = None if noise is None else noise[rows, t]
+        token, token_logp = grpo.sample(logits(model, hidden), temperature, uniform)  # (B',) each
+        ids[rows, t] = token.masked_fill(done, 0)
+        mask[rows, t] = ~done
+        logp[rows, t] = token_logp.masked_fill(done, 0)
+        done = done | torch.isin(token, stops)
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % grpo.CHECK_EVERY == 0:
+            left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep
+            if progress:
+                progress(t + 1, B - len(left))
+            if len(left) == 0:
                 break
-            if (t + 1) % grpo.CHECK_EVERY == 0:
-                left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep
-                if progress:
-                    progress(t + 1, B - len(left))
-                if len(left) == 0:
-                    break
-                if len(left) < SHRINK * len(rows):
-                    rows = rows[left]
-                    token = token[left]
-                    done = done[left]
-                    decoder.keep(left)
-            hidden = decoder.hidden(token)
+            if len(left) < SHRINK * len(rows):
+                rows = rows[left]
+                token = token[left]
+                done = done[left]
+                decoder.keep(left)
+        hidden = decoder.hidden(token)
     grpo.check_finite(logp, "log-prob of a sampled token")
     rows = [prompt for prompt in prompts for _ in range(group)]
     return grpo.Rollout(rows, ids[:, :t + 1], mask[:, :t + 1], logp[:, :t + 1], temperature)

@@ -3,13 +3,16 @@
 One pass over the prompts, each once for all the rows that have it, and one over the responses,
 which read their prompt's keys. Micro-batches of small models are computed side by side.
 """
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import grpo
-from fast import threads
 from fast.cache import Prompts, Responses, to_grid
 from fast.forward import forward, logits, project
+from model import log_softmax
+from support import threads
 
 
 def logprobs(model, rollout, recompute=False):
@@ -33,7 +36,7 @@ def logprobs(model, rollout, recompute=False):
     target = rollout.ids[mask]  # (N,)
 
     def head(hidden, target):
-        logp = grpo.log_softmax(logits(model, hidden), rollout.temperature)
+        logp = log_softmax(logits(model, hidden), rollout.temperature or 1.0)
         return logp.gather(1, target[:, None])[:, 0]
 
     # chunk by chunk, and again in the backward pass: a whole batch's logits never exist at once
@@ -73,6 +76,21 @@ def micro_batches(rollout, rows, tokens):
         yield batch
 
 
+def side_by_side(function, items):
+    """map(function, items), with as many calls at once as the machine has cores for a small model.
+
+    Results come in order. After an error, or Ctrl-C, what has not begun is not begun.
+    """
+    if threads.workers == 1 or len(items) < 2:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads.workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run
 
 
@@ -83,7 +101,7 @@ def accumulate(share, rollout, rows, tokens):
         batches = list(micro_batches(rollout, rows, min(tokens, fitting)))
         total = None
         try:
-            for parts in threads.map(lambda batch: share(rollout.rows(batch)), batches):
+            for parts in side_by_side(lambda batch: share(rollout.rows(batch)), batches):
                 total = parts if total is None else [x + y for x, y in zip(total, parts)]
             return total
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""The adapter file of tinylora.py, read with suspicion: one tensor, v, and settings in the header."""
+"""The adapter file of tinylora.py: one tensor, v, and the settings in the header, checked."""
 from pathlib import Path
 
 import torch
@@ -37,6 +37,9 @@ def read(path):
         raise InputError(f"{path}: its metadata is damaged ({error})") from None
     settings["method"] = metadata.get("method", "tinylora")  # the first adapters did not say
     settings["model"] = metadata.get("model", "")
+    limits = {"rank": 1, "u": 1, "groups": 1, "n_tie": 0, "seed": 0}
+    if any(not low <= settings[name] < 2**32 for name, low in limits.items()):
+        raise InputError(f"{path}: its metadata is damaged (a number is out of range)")
     known = settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
     if not known or v.shape != (settings["groups"] * settings["u"],):
         raise InputError(f"{path}: holds {v.numel()} numbers, its metadata says "

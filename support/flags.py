@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from support import adapter_file, ranks
+from support.checkpoint import read_config
 from support.errors import InputError
 from support.files import read_json
 from support.hub import find_model
@@ -47,7 +48,7 @@ METAVARS = {str: "X", count: "N", natural: "N", seed: "N"}
 # name, default, kind, meaning; as RECIPE in train.py
 PROGRAM = [
     ("model", os.path.relpath(TOY), str, "folder in Hugging Face layout, or a hub name"),
-    ("data", "gsm8k", str, "gsm8k, a folder with train.jsonl and test.jsonl, or a file to evaluate"),
+    ("data", "gsm8k", str, "gsm8k, a folder (train.jsonl, test.jsonl), or a file to evaluate"),
     ("task", None, str, "Python file with a task (gsm8k.py; see docs/your-own-task.md)"),
     ("instruction", None, str, "what follows each question (the task's sentence)"),
     ("system", None, str, "system message of every prompt (the template's)"),
@@ -170,6 +171,8 @@ def method_of(settings, given):
     adapter = settings["adapter"]
     if adapter is None:
         return settings["method"]
+    if not Path(adapter).exists():
+        raise InputError(f"--adapter {adapter}: no such file or folder")
     # PEFT keeps a LoRA as a folder; our files say what they are
     made = "lora" if Path(adapter).is_dir() else adapter_file.read(adapter)[1]["method"]
     if given.get("method", made) != made:
@@ -180,7 +183,9 @@ def method_of(settings, given):
 
 def folder_defaults(settings, rows, cli):
     """tinylora.json of the model's folder, if there is one, checked as a command line is."""
-    path = Path(find_model(settings["model"])) / "tinylora.json"
+    folder = find_model(settings["model"])
+    read_config(folder)  # complain of a wrong folder before any data is fetched
+    path = Path(folder) / "tinylora.json"
     if not path.is_file():
         return {}
     words = []
@@ -195,9 +200,8 @@ def folder_defaults(settings, rows, cli):
         if isinstance(value, bool) != (kind is bool) or isinstance(value, str) != text:
             raise InputError(f"{path}: {value!r} will not do for {key!r}")
         if name == "data" and value != "gsm8k":
-            folder = path.parent.resolve()
-            inside = (folder / value).resolve()
-            if not inside.is_relative_to(folder):
+            inside = (path.parent / value).resolve()
+            if not inside.is_relative_to(path.parent.resolve()):
                 raise InputError(f"{path}: data {value!r} is not inside the model's folder")
             value = str(path.parent / value)
         words += as_words(name, value)

@@ -12,7 +12,7 @@ def find_model(name):
 
     Only the config, the tokenizer and safetensors files are fetched.
     """
-    if Path(name).exists():
+    if Path(name).is_dir():
         return name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"--model {name}: no such folder")

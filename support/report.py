@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support import ranks
+from support import hints, ranks
 from support.errors import InputError
 from support.files import append_jsonl, make_folder, write_json
 from support.params import total_norm
@@ -109,7 +109,9 @@ def log_step(row, run, out, log_elsewhere):
     if not ranks.RANK:
         append_jsonl(out / "log.jsonl", [row])
         log_elsewhere(row)
-    print_step(row, run.args.steps, run.scores)
+    print_step(row, run.args.steps, run.score_names)
+    if row["step"] % hints.SILENT_STEPS == 0:
+        hints.print_silence(out, run.args, last=hints.SILENT_STEPS)
 
 
 def print_step(row, steps, scores):
@@ -120,7 +122,7 @@ def print_step(row, steps, scores):
     print(f"step {row['step']:3d}/{steps}  " + "  ".join(cells), flush=True)
 
 
-def print_adapted(model, params, args):
+def check_adapted(model, params, args):
     """What is trained. InputError if --adapter was made with other settings than the flags say."""
     total = sum(p.numel() for p in params)
     adapter = getattr(model, "adapter", {})
@@ -141,8 +143,7 @@ def check_adapter(settings, args):
     """InputError if a flag asks for anything but what the adapter was made with."""
     for name, made_with in settings.items():
         asked = getattr(args, name, None)
-        is_default = name == "seed" or (name == "tie" and asked == "tiled")
-        if asked is not None and asked != made_with and not is_default:
+        if name != "seed" and asked not in (None, made_with):
             raise InputError(f"--{name.replace('_', '-')} {asked}: {args.adapter} was made with "
                              f"{made_with}")
 
@@ -239,7 +240,7 @@ def write_evaluation(run, results, count, began):
     args = run.args
     summary = {"model": args.model, "data": args.data, "adapter": args.adapter,
                "eval_count": count}
-    summary |= summary_scores(results, run.scores)
+    summary |= summary_scores(results, run.score_names)
     summary["seconds"] = time.time() - began
     write_json(Path(args.out) / "summary.json", summary)
 
@@ -258,12 +259,14 @@ def write_summary(run, params, saved, done, final, count, seconds=None):
                "tokens": done["tokens"], "seconds": seconds, "seed": args.seed,
                "method": args.method, "algo": args.algo, "reward": args.reward,
                "model": args.model, "data": args.data, "adapter": args.adapter}
-    before = summary_scores(done["base"], run.scores, "base_")
-    after = summary_scores(final, run.scores, "final_")
+    before = summary_scores(done["base"], run.score_names, "base_")
+    after = summary_scores(final, run.score_names, "final_")
     for (name, x), (new_name, y) in zip(before.items(), after.items()):
         summary |= {name: x, new_name: y}
-    print_table(done["base"], final, count, run.scores)
+    print_table(done["base"], final, count, run.score_names)
     write_json(Path(args.out) / "summary.json", summary)
+    hints.print_silence(Path(args.out), args)
+    hints.print_slowness(Path(args.out), total_norm(params) / total ** 0.5, args)
     verb = "learned from" if args.algo == "sft" else "sampled"
     print_totals(total, size, args.v_dtype, done["tokens"], verb, seconds)
     print_next(args, saved)

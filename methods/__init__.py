@@ -1,0 +1,1 @@
+"""What TinyLoRA is compared with, or driven by: LoRA, full finetuning, worked solutions, search."""

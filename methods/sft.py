@@ -1,0 +1,28 @@
+"""--algo sft: supervised finetuning on the data's worked solutions, which GRPO is compared with."""
+import torch
+
+import grpo
+
+
+def solutions(run, rows):
+    """The rows' worked solutions as a Rollout, as if they had been sampled.
+
+    They end with the stop token and are cut at --max-new-tokens. The advantage is 1 everywhere,
+    so that grpo.update leaves no row out; the old log-probs are not used.
+    """
+    args = run.args
+    texts = [run.task.prompt(row, args.instruction) for row in rows]
+    prompts = [run.chat.prompt(text, args.system) for text in texts]
+    responses = [run.chat.response(text, row["solution"], args.system)[:args.max_new_tokens]
+                 for text, row in zip(texts, rows)]
+    ids = grpo.pad(responses, args.device)  # (B, T)
+    lengths = torch.tensor([len(response) for response in responses], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
+    logp = torch.zeros(ids.shape, device=ids.device)
+    advantage = torch.ones(len(rows), device=ids.device)
+    return grpo.Rollout(prompts, ids, mask, logp, temperature=1.0, advantage=advantage)
+
+
+def sft_loss(logp, rollout, denominator, args):
+    """The mean of -log p over response tokens. logp (B, T): 0 where masked; see grpo.grpo_loss."""
+    return -logp.sum() / denominator

@@ -1,0 +1,263 @@
+r"""python -m pytest -q tests/test_boxed.py
+
+Answers in \boxed{}: finding and comparing them, the agreement with math-verify, and no hang.
+"""
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from support.boxed import boxed, normalise, same
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = Path(os.environ.get("TINYLORA_ASSETS") or "/nonexistent")
+needs_assets = pytest.mark.skipif(
+    not ASSETS.is_dir(), reason="needs the data folder named by TINYLORA_ASSETS")
+
+CASES = [
+    # fractions and numbers
+    (r"\dfrac{1}{2}", r"\frac12", True),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}", True),
+    (r"\frac{1}{2}", "0.50", True),
+    ("1/2", ".5", True),
+    (r"-\frac{3}{8}", r"\frac{-3}{8}", True),
+    (r"\frac{2}{4}", r"\frac{1}{2}", True),
+    (r"\frac{1}{3}", "0.3333", False),
+    (r"\frac{1}{2}", r"\frac{2}{1}", False),
+    (r"137 \frac{1}{2}", "137.5", True),
+    ("1 1/2", "1.5", True),
+    ("1 1/2", "5.5", False),  # without its space it would be 11/2
+    (r"2\cdot\frac{1}{2}", "2.5", False),  # a product, not a mixed number
+    (r"-1\frac{1}{2}", "-1.5", True),
+    (r"\frac{1}{0}", "0", False),
+    ("18.00", "18", True),
+    ("-0", "0", True),
+    ("\u22125", "-5", True),
+    ("025", "25", True),
+    ("10", "100", False),
+    # commas: thousands or a list
+    (r"10,\!080", "10080", True),
+    ("58,500", "58500", True),
+    ("1{,}000{,}000", "1,000,000", True),
+    ("1,2,3", "123", False),
+    ("(1,000)", "(1000)", False),
+    ("(6,235)", "(6235)", False),
+    # units, words, choices
+    (r"5.4 \text{ cents}", "5.4", True),
+    (r"864 \mbox{ inches}^2", r"864 \text{ square inches}", True),
+    (r"60\text{ miles}/\text{hour}", "60", True),
+    (r"\$32,\!348", "32348", True),
+    (r"50\%", "50", True),
+    (r"50\%", "0.5", False),
+    (r"90^{\circ}", "90°", True),
+    (r"3 \text{ million}", "3", False),
+    (r"4\text{ p.m.}", r"4\text{ a.m.}", False),
+    (r"\text{(C)}", "C", True),
+    (r"\text{(C)}", r"\textbf{(D)}", False),
+    (r"\text{Even}", "even", True),
+    (r"\text{even}", r"\text{odd}", False),
+    (r"n=\text{odd}", r"n=\text{even}", False),
+    ("5x", "5", False),
+    ("5i", "5", False),
+    # names
+    ("x=5", "5", True),
+    (r"x \in [-2,7]", "[-2,7]", True),
+    ("y = -1", "x = -1", False),  # two different lines
+    ("x=1,y=2", "x=2,y=1", False),
+    (r"x = 1 \text{ or } x = -2", "-2,1", True),
+    # tuples, intervals, lists, matrices
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", True),
+    ("(1,2)", "(2,1)", False),
+    ("(1,2)", "(1,3)", False),
+    ("(1,2)", "1,2", False),
+    ("(3,4]", "(3,4)", False),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty,2.0)\cup(3,+\infty)", True),
+    ("1,-2", "-2, 1", True),
+    ("1,1,2", "1,2", False),
+    (r"\{1,2\}", "2,1", True),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", True),
+    ("(1,2),(3,4)", "(3,4),(1,2)", True),
+    (r"2, 3, \text{ and } 4", "2,3,4", True),
+    (r"2, 3 \text{ and } 4", "2,3,4", True),
+    (r"7, -2, \text{ and } -5", "-5,-2,7", True),
+    (r"2, 3, \text{ and } 4", "2,3", False),
+    ("(1,2),(3,4)", "(1,3),(2,4)", False),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+     r"\begin{bmatrix}-\frac{1}{3}\\\frac23\end{bmatrix}", True),
+    (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}",
+     r"\begin{pmatrix} 1 & 0 \\ 1 & 0 \end{pmatrix}", False),
+    # expressions: spelling only
+    (r"11\sqrt2", r"11 \cdot \sqrt{2}", True),
+    (r"\frac{\sqrt{3}}{3}", r"\sqrt{3}/3", True),
+    ("x^{2}y", "x^2y", True),
+    ("x^{2y}", "x^2y", False),
+    ("1/2x", r"\frac{1}{2x}", False),
+    ("2516_8", "2516_{8}", True),
+    ("2516_8", "2516", False),
+    ("2516_8", "2516_9", False),
+    # rubbish
+    ("", "", False),
+    ("9" * 10000, "9" * 9999, False),
+    ("1e999999999", "1", False),
+    (r"\frac{" * 2000, "1", False),
+]
+BOXED = [
+    (r"so \boxed{5}.", "5"),
+    (r"\boxed{1} and then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\fbox{7}", "7"),
+    (r"$\boxed 5$", "5"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{x \in \left\{ 1 \right.}", r"x \in \left\{ 1 \right."),
+    (r"{ \boxed{3} and \boxed{4", "3"),  # cut off: the last complete one
+    (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{\boxed 5}", "5"),
+    (r"\boxed{\boxed 5\}}", "5"),
+    (r"\boxed{1} {\boxed{\boxed{2}, 3", "2"),
+    (r"\boxed{1\\} \\boxed{2}", r"1\\"),
+    ("\\boxed{\n8\n}", "\n8\n"),
+    (r"\boxed{5}, in \boxed form", "5"),
+    ("the answer is 5", None),
+    (r"\boxed{", None),
+    ("\\boxed{" * 2000 + "9" + "}" * 2000, "9"),
+    ("{" * 100000, None),
+]
+
+
+@pytest.mark.parametrize("a,b,agree", CASES, ids=lambda x: repr(x)[:24])
+def test_same(a, b, agree):
+    assert same(a, b) == same(b, a) == agree
+
+
+@pytest.mark.parametrize("text,content", BOXED, ids=lambda x: repr(x)[:24])
+def test_boxed(text, content):
+    assert boxed(text) == content
+
+
+# One or more pieces of text for every alternative of every pattern in boxed.py.
+FRAGMENTS = [
+    "1", "12", "0.5", ".", ",", ";", ":", " ", "\n", "\t", "~", "-", "+", "=", "/", " / ", "&", "$",
+    "%", "_", "^", "x", "cm", " cm", "cm ", " cm^2", " cm^{2}", "i cm", "degrees", " degree",
+    " degrees", " dollars", " cents", " units", " inches", " feet", "dollars", "/cm", " / cm",
+    "x=", "f(x)=", "AB=", "\\pi=", "\\in", "x\\in", "(", ")", "[", "]", "{", "}", "{}", "}{",
+    "\\{", "\\}", "\\\\", "\\!", ",\\!", "{,}", "1,\\!000", "1{,}000", ",000", "1,000", "(1,000",
+    "\\$", "\\%", "^\\circ", "^{\\circ}", "\\left(", "\\right)", "\\displaystyle", "\\,", "\\;",
+    "\\:", "\\ ", "\\quad", "\\qquad", "\\text{", "\\text{}", "\\text{ cm}", "\\text{cm}^2",
+    "\\text{ square feet}", "\\text{abcdefgh}", "\\text{m}", "\\text{ m }", "\\text{ million}",
+    "\\text{ and }", "\\text {cm}", "\\textbf{a}", "\\mbox{ cm}", "\\mathrm{kg}", "\\mathbf{x}",
+    "/\\text{hour}", " \\text{ if }", "and", "or", " and ", " or ", ", and ", ",and", "√", "√2",
+    "√ 2", "\\frac", "\\dfrac", "\\tfrac", "\\frac{", "\\frac{1}", "\\frac{1}{2}", "\\frac12",
+    "\\frac{-1}{2}", "\\frac{{1}}2", "1 1/2", "1/2", "\\sqrt", "\\sqrt{2}", "\\sqrt3", "\\pi",
+    "2\\pi/3", "\\sqrt{2}/\\sqrt{3}", "x^{2}", "_{5}", "\\cdot", "\\times", "\\cdot\\pi", "\\cup",
+    "\\pm", "\\infty", "\\begin{pmatrix}", "\\end{pmatrix}", "\\begin{bmatrix}", "π", "°", "∞", "∪",
+    "±", "\u2212", "(C)", "Even", "\\boxed", "\\boxed{", "\\boxed ", "\\boxed 5", "\\boxed{5}",
+    "\\fbox{", "\\fbox", "\\box", "\\",
+]
+SIZES = (200, 500, 100_000)  # the second: the longest answer that is rewritten at all
+BAR = 0.05  # seconds for one answer
+
+
+def give_up(*_):
+    raise TimeoutError("takes longer than 2 s")
+
+
+def seconds(text):
+    """How long a response that consists of this text takes: found, and compared with a gold."""
+    previous = signal.signal(signal.SIGALRM, give_up)  # a hang must end, and be reported
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    try:
+        start = time.perf_counter()
+        boxed(text)
+        same(text, "5")
+        return time.perf_counter() - start
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def check(text, name):
+    """The bar is for one answer on an idle machine, so the best of several tries counts."""
+    tries = [seconds(text)]
+    while min(tries) > BAR and len(tries) < 4 and sum(tries) < 2:
+        tries.append(seconds(text))
+    assert min(tries) < BAR, f"{name}: {min(tries):.3f} s"
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=repr)
+def test_a_repeated_fragment_takes_no_time(fragment):
+    """A degenerate response repeats itself. 22 times " cm" took 5 s, 30 times minutes."""
+    for before, after in itertools.product(("", "5", "\\boxed{5", "\\boxed{"), ("", " x}", "}")):
+        for size in SIZES:
+            repeated = fragment * ((size - len(before + after)) // len(fragment))
+            check(before + repeated + after, (before, fragment, size, after))
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=repr)
+def test_two_repeated_fragments_take_no_time(fragment):
+    """Each with every other one, in turns, behind a digit and before what is no unit."""
+    for other in FRAGMENTS:
+        pair = fragment + other
+        check("5" + pair * (490 // len(pair)) + " x}", (fragment, other))
+
+
+def test_cases_of_the_hang():
+    for unit in (" cm", " dollars", " \\text{ cm}", "\\text{abcdefgh}", " degrees", " feet"):
+        for times in (22, 60, 150):
+            text = "\\boxed{5" + unit * times + " x}"
+            check(text, (unit, times))
+            assert not same(boxed(text), "5")
+
+
+def test_long_answers_are_compared_as_they_are():
+    """Only the first 500 characters compared; or 500 characters too few for a real answer."""
+    long = "1+" * 250
+    assert same(long + "1", long + "1") and not same(long + "1", long + "2")
+    assert normalise("\\dfrac12" * 62) == normalise("\\frac12" * 62) == "\\frac{1}{2}" * 62
+
+
+@needs_assets
+@pytest.mark.parametrize("name,count",
+                         [("math500", 500), ("aime24", 30), ("amc23", 40), ("train_12k", 11998)])
+def test_every_gold_answer_agrees_with_itself(name, count):
+    """MATH500, AIME24, AMC23 and MATH's training set, two rows of which have no answer."""
+    golds = read_golds(name)
+    assert len(golds) == count
+    for gold in golds:
+        assert same(boxed("so $\\boxed{" + gold + "}$."), gold), gold
+
+
+def read_golds(name):
+    lines = (ASSETS / "math" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    answers = [json.loads(line)["answer"] for line in lines if line.strip()]
+    texts = [f"{x:.0f}" if type(x) is float else str(x) for x in answers]
+    return [text for text in texts if text.strip()]
+
+
+@needs_assets
+@pytest.mark.skipif(not importlib.util.find_spec("math_verify"),
+                    reason="needs math-verify (requirements-dev.txt)")
+def test_agreement_with_math_verify():
+    """On MATH500's gold answers, respelt and spoilt: at least 99% of the verdicts agree.
+
+    Answers with a full stop are left out, math-verify cannot read them. Of the spoilt answers
+    only 90 degrees against 90 may be paid.
+    """
+    path = ROOT / "bench" / "boxed_agreement.py"
+    spec = importlib.util.spec_from_file_location("boxed_agreement", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.same = same
+    judged = bench.measure(read_golds("math500"))
+    counted = [row for row in judged if row[0] != "trailing dot"]
+    agree = sum(ours == theirs for *_, ours, theirs in counted)
+    assert len(counted) > 5000 and agree / len(counted) >= 0.99
+    respelt = [row for row in judged if row[0] in bench.RIGHT]
+    assert sum(ours for *_, ours, _ in respelt) / len(respelt) >= 0.99
+    paid = [(gold, answer) for kind, gold, answer, ours, _ in judged
+            if kind in bench.WRONG and ours and gold != answer]
+    for pair in paid:
+        assert {text.replace("^\\circ", "") for text in pair} == {"90"}, paid

@@ -1,0 +1,332 @@
+"""README.md and docs/ say what the code does and what the committed runs gave.
+
+    python tests/test_docs.py       # writes what is derived anew: tables of results, lists of flags
+
+Between two comments `<!-- made by tests/test_docs.py: NAME -->` and `<!-- end -->` stands what
+GENERATED makes. The tests compare; the command above replaces, after a run or a flag has changed.
+"""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from helpers import ROOT, TOY
+
+import train
+from support import flags
+from support.errors import InputError
+
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- made by tests/test_docs\.py: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+RUNS = {path.parent.name: json.loads(path.read_text())
+        for path in sorted(ROOT.glob("results/*/summary.json"))}
+SEEDS = [f"toy-seed{seed}" for seed in range(5)]
+
+# What was compared: the flags as the tables show them, and the folder under results/.
+COMPARED = [("`--params 13`", "toy-seed0"),
+            ("`--method lora-xs --lr 0.02`", "compare-xs"),
+            ("`--method lora --lr 1e-3`", "compare-lora"),
+            ("`--method full --lr 1e-4`", "compare-full"),
+            ("`--params 13 --reward format`", "compare-format"),
+            ("`--params 13 --algo sft`", "compare-sft"),
+            ("`--algo sft --method lora --lr 1e-3`", "compare-sft-lora")]
+SCORES = ("strict", "lenient", "format", "sampled", "sampled_format")
+
+
+# ---- what is derived from results/ and from the flags
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def percent(share):
+    return f"{100 * share:.1f}%"
+
+
+def claim():
+    s = RUNS["toy-seed0"]
+    final = [RUNS[name]["final_strict"] for name in SEEDS]
+    million = RUNS["compare-full"]["params"] / 1e6
+    text = (
+        f"A frozen model of {million:.2f} million parameters, in Qwen2.5's format, learns by "
+        f"reinforcement learning on **{s['params']} numbers, {s['adapter_bytes']} bytes**: from "
+        f"{percent(s['base_strict'])} to **{percent(s['final_strict'])}** of {s['eval_count']} "
+        f"held-out problems, greedy ({percent(s['base_sampled'])} to "
+        f"{percent(s['final_sampled'])} sampled at T = 1). Five seeds end between "
+        f"{percent(min(final))} and {percent(max(final))}. It takes about "
+        f"{round(s['seconds'] / 60)} minutes on 2 CPU cores.")
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def small_table():
+    base = RUNS["toy-seed0"]
+    rows = [("nothing (untrained)", 0, 0, f"{base['base_strict']:.3f}",
+             f"{base['base_sampled']:.3f}")]
+    names = {"toy-seed0": "TinyLoRA", "compare-xs": "LoRA-XS", "compare-lora": "LoRA, rank 1",
+             "compare-full": "all weights", "compare-format": "TinyLoRA, paid for format only",
+             "compare-sft": "TinyLoRA, by SFT instead of RL"}
+    for name, what in names.items():
+        s = RUNS[name]
+        rows.append((what, f"{s['params']:,}", f"{s['adapter_bytes']:,}",
+                     f"{s['final_strict']:.3f}", f"{s['final_sampled']:.3f}"))
+    return table(("trained", "numbers", "bytes", "greedy", "T = 1"), rows)
+
+
+def pairs(s, kinds):
+    return [f"{s[f'base_{kind}']:.3f}, {s[f'final_{kind}']:.3f}" for kind in kinds]
+
+
+def seeds_table():
+    rows = [(s["seed"], *pairs(s, ("strict", "lenient", "sampled")), round(s["seconds"]))
+            for s in (RUNS[name] for name in SEEDS)]
+    return table(("seed", "greedy, strict: from, to", "greedy, lenient: from, to",
+                  "T = 1, strict: from, to", "seconds"), rows)
+
+
+def compared_table():
+    base = RUNS["toy-seed0"]
+    rows = [("untrained", 0, *(f"{base[f'base_{kind}']:.3f}" for kind in SCORES))]
+    for words, name in COMPARED:
+        s = RUNS[name]
+        rows.append((words, f"{s['params']:,}", *(f"{s[f'final_{kind}']:.3f}" for kind in SCORES)))
+    return table(("flags", "numbers", "strict", "lenient", "format", "T = 1: strict",
+                  "T = 1: format"), rows)
+
+
+def es_table():
+    rows = []
+    for seed in range(3):
+        es = RUNS[f"es-seed{seed}"]
+        grpo = RUNS[f"toy-seed{seed}"]
+        kinds = ("final_strict", "final_sampled")
+        rows.append((seed, *(f"{s[kind]:.3f}" for kind in kinds for s in (es, grpo))))
+    return table(("seed", "greedy: ES", "greedy: GRPO", "T = 1: ES", "T = 1: GRPO"), rows)
+
+
+def smollm2_table():
+    s = RUNS["smollm2-mawps"]
+    checked = json.loads((ROOT / "results/smollm2-mawps/check_base.json").read_text())
+    rows = []
+    for kind in ("strict", "lenient", "format"):
+        shares = (checked["transformers"][kind], s[f"base_{kind}"], s[f"final_{kind}"])
+        rows.append((kind, *(f"{round(share * s['eval_count'])}" for share in shares)))
+    title = f"right, of {s['eval_count']}, greedy"
+    return table((title, "transformers, untrained", "here, untrained",
+                  f"after {s['steps']} steps"), rows)
+
+
+def flag_table(recipe):
+    rows = []
+    for name, default, kind, meaning in recipe:
+        value = {None: "", False: ""}.get(default, default)
+        if isinstance(kind, list):
+            meaning = f"{', '.join(f'`{word}`' for word in kind)}: {meaning}"
+        meaning = re.sub(r"<(\w+)>", r"&lt;\1&gt;", meaning).replace("|", "\\|")
+        rows.append((f"`--{name}`", value, meaning))
+    return table(("flag", "default", "meaning"), rows)
+
+
+GENERATED = {"claim": claim, "small": small_table, "seeds": seeds_table,
+             "compared": compared_table, "es": es_table, "smollm2": smollm2_table,
+             "recipe": lambda: flag_table(train.RECIPE),
+             "program": lambda: flag_table(flags.PROGRAM)}
+
+
+def refreshed(text):
+    return BLOCK.sub(lambda m: m[1] + GENERATED[m[2]]() + "\n" + m[4], text)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_what_runs_and_flags_say(path):
+    """A run made anew, or a flag that changed, must not leave an old figure behind. If this fails:
+    python tests/test_docs.py"""
+    text = path.read_text(encoding="utf-8")
+    assert text == refreshed(text)
+
+
+def test_every_derived_block_is_used():
+    used = [m[2] for path in DOCUMENTS for m in BLOCK.finditer(path.read_text(encoding="utf-8"))]
+    assert sorted(used) == sorted(GENERATED)
+
+
+# ---- README's shape
+
+def test_readme_is_short_and_begins_with_the_result():
+    text = README.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 150 and len(text.split()) <= 2200
+    screen = "\n".join(lines[:30])
+    assert "](results/toy.png)" in screen
+    commands = [line for line in lines if line.startswith("pip install")]  # .ci/run runs these two
+    assert commands == ["pip install -r requirements.txt && python train.py --params 13",
+                        "pip install -r requirements-dev.txt && python -m pytest -q"]
+    assert all(f"```bash\n{command}\n```" in screen for command in commands)
+
+
+def test_no_line_is_wide_but_tables_and_links():
+    for path in DOCUMENTS:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert len(line) <= 100 or line.startswith(("| ", "<!--")), f"{path.name}: {line}"
+
+
+# ---- what the documents name is there
+
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(path):
+    text = without_code(path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_files_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+    # a file that is written in code style: from the project's folder, or a name that is in it
+    for word in re.findall(r"`([\w./*-]+\.(?:py|md|png|txt)|\w+/[\w./*-]*)`", without_code(text)):
+        if not word.startswith(("runs/", "letters")):
+            assert any(ROOT.glob(word.rstrip("/"))), f"{path.name}: {word}"
+
+
+def test_every_document_is_linked_from_the_readme():
+    text = README.read_text(encoding="utf-8")
+    assert all(f"](docs/{path.name})" in text for path in DOCUMENTS[1:])
+
+
+# ---- the commands
+
+def commands(path):
+    """The python and torchrun commands of a document: in bash blocks, and `in the text`."""
+    text = path.read_text(encoding="utf-8")
+    lines = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        lines += block.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", without_code(text))
+    for line in lines:
+        for command in line.split("&&"):
+            words = shlex.split(command, comments=True)
+            if words and words[0] in ("python", "torchrun"):
+                yield words
+
+
+def check_train(words):
+    """Words after train.py; a capital letter stands for a value that the reader puts in."""
+    words = ["1" if re.fullmatch("[A-Z]", word) else word for word in words if word != "--help"]
+    given = vars(flags.parser(train.__doc__, train.RECIPE).parse_args(words))
+    flags.check_given({name.replace("_", "-"): value for name, value in given.items()})
+
+
+def check_other(path, words):
+    source = path.read_text(encoding="utf-8")
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0]
+            assert f"--{name}" in source or f'"{name}"' in source, f"{path}: {word}"
+
+
+ALL_COMMANDS = sorted({shlex.join(words) for path in DOCUMENTS for words in commands(path)})
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS)
+def test_commands_parse(command):
+    words = shlex.split(command)
+    if "train.py" in words:
+        check_train(words[words.index("train.py") + 1:])
+    elif words[:2] == ["python", "-m"]:
+        if words[2] != "pytest":
+            check_other(ROOT / (words[2].replace(".", "/") + ".py"), words[3:])
+    else:
+        check_other(ROOT / words[1], words[2:])
+
+
+def test_a_wrong_command_is_noticed():
+    for words in (["--parms", "13"], ["--lr", "fast"], ["--algo", "sft", "--kl", "0.1"]):
+        with pytest.raises(InputError):
+            check_train(words)
+
+
+def test_flags_in_the_text_exist():
+    names = {name for name, *_ in (*train.RECIPE, *flags.PROGRAM)}
+    names |= {"help", "to", "claim"}  # the last two are tools.export's and tools.plot's
+    for path in DOCUMENTS:
+        text = without_code(path.read_text(encoding="utf-8"))
+        for span in re.findall(r"`([^`\n]*)`", text):
+            if not span.startswith("python") or " train.py" in span:
+                unknown = set(re.findall(r"(?<!\S)--([a-z][\w-]*)", span)) - names
+                assert not unknown, f"{path.name}: {span}"
+
+
+# ---- the programs
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_library_example_runs(tmp_path):
+    """README's example as it stands, in a folder that has the toy; what it saved is what it has."""
+    code, = python_blocks(README)
+    assert len(code.splitlines()) <= 32 and max(map(len, code.splitlines())) <= 100
+    (tmp_path / "toy").symlink_to(TOY)
+    check = ("\nassert v.shape == (13, 1) and v.abs().max() > 0"
+             "\nassert torch.equal(tinylora.load('adapter.safetensors', again), v)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, text=True,
+                            capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "signal" not in result.stderr
+
+
+def test_the_task_example_trains(tmp_path, capsys):
+    """docs/your-own-task.md's file as it stands: two steps on the toy, rewarded by its first score,
+    and by another; step lines and the summary carry the names that the file invents."""
+    code, = python_blocks(ROOT / "docs" / "your-own-task.md")
+    assert len(code.splitlines()) <= 40
+    path = tmp_path / "letters.py"
+    path.write_text(code, encoding="utf-8")
+    small = "--params 13 --steps 2 --prompts 4 --group 4 --max-new-tokens 12 --eval-count 6"
+    for reward, extra in (("sorted", []), ("share", ["--reward", "share"])):
+        out = tmp_path / reward
+        words = [*small.split(), "--task", str(path), "--out", str(out), *extra]
+        assert train.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "step   2/2  sorted 0." in printed and "  share 0." in printed
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["reward"] == reward and summary["eval_count"] == 6
+        assert {"base_sorted", "final_sorted", "base_share", "final_share"} <= set(summary)
+
+
+def test_the_task_example_scores_what_it_says():
+    code, = python_blocks(ROOT / "docs" / "your-own-task.md")
+    task = {}
+    exec(code, task)
+    train_problems, test_problems = task["load"]("anything", False)
+    words = [problem["word"] for problem in train_problems + test_problems]
+    assert len(set(words)) == len(words) and len(test_problems) == 200
+    problem = {"word": "hedgea", "answer": "a d e e g h"}
+    assert task["score"]("a d e e g h", problem) == {"sorted": 1.0, "share": 1.0}
+    assert task["score"]("Sure:\nA D E E G H.", problem)["sorted"] == 1.0
+    assert task["score"]("h g e e d a", problem)["sorted"] == 0.0
+    assert 0 < task["score"]("a d e g h", problem)["share"] < 1
+    assert task["score"]("", problem) == {"sorted": 0.0, "share": 0.0}
+    assert problem["word"] in task["prompt"](problem, None) and "SHOUT" in task["prompt"](problem, " SHOUT")
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(refreshed(document.read_text(encoding="utf-8")), encoding="utf-8")

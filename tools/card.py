@@ -1,0 +1,78 @@
+"""The model card that every export gets: README.md in the exported folder."""
+from pathlib import Path
+
+from support.errors import InputError
+from support.files import read_json, replacing
+from support.report import with_error
+
+PEFT = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {out!r})
+tokenizer = AutoTokenizer.from_pretrained({out!r})
+```
+"""
+MERGED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({out!r})
+tokenizer = AutoTokenizer.from_pretrained({out!r})
+```
+"""
+
+
+def readable(text):
+    """A text from somebody else's file in one line, at most 200 characters of it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+
+
+def scores_table(path):
+    """Lines with the scores in a run's summary.json before and after; [] if there is none."""
+    try:
+        summary = read_json(path)
+    except InputError:
+        return []
+    names = [name.removeprefix("final_") for name in summary if name.startswith("final_")]
+    main = "strict" if "strict" in names else (names or [""])[0]
+    count = summary.get("eval_count")
+    lines = []
+    for name in names:
+        pair = [summary.get(f"base_{name}"), summary[f"final_{name}"]]
+        if not all(type(x) in (int, float) for x in (*pair, count)) or count < 1:
+            continue
+        # report.key: the main score at T = 1 is called "sampled"
+        label = f"{name}, greedy"
+        if name.startswith("sampled"):
+            label = f"{name.removeprefix('sampled').strip('_') or main}, T = 1"
+        lines.append(f"| {readable(label)} | {with_error(pair[0], count)} | "
+                     f"{with_error(pair[1], count)} |")
+    if not lines:
+        return []
+    where = readable(str(summary.get("data")))
+    return [f"{count} held-out problems of `{where}`:", "",
+            "| score | before | after |", "|---|---|---|", *lines, ""]
+
+
+def write_card(out, args, base, v, settings, dtype):
+    """README.md in the folder `out`: base, method, numbers, how to load it, and the scores."""
+    form = f"The same as an ordinary LoRA of rank {settings['rank']} (B = U S, A = R V^T), {dtype}."
+    load = PEFT
+    if args.to == "merged":
+        form = f"The whole model, with the update added to its weights in fp32, then {dtype}."
+        load = MERGED
+    name = "TinyLoRA (arXiv 2602.04118)"
+    if settings["method"] == "lora-xs":
+        name = "LoRA-XS (arXiv 2405.17604)"
+    library = "peft" if args.to == "peft" else "transformers"
+    head = ["---", f"library_name: {library}"]
+    if not Path(base).is_absolute():  # what the hub understands
+        head.append(f"base_model: {readable(base)}")
+    lines = [*head, "---", f"# {name} on {readable(base)}", "",
+             f"{v.numel()} trained numbers ({v.nbytes} bytes) in {settings['groups']} ties: "
+             f"W + U S R V^T with the rank {settings['rank']} SVD of every linear layer W.", form,
+             "", load.format(base=base, out=str(Path(out).resolve())),
+             *scores_table(Path(args.adapter).parent / "summary.json")]
+    with replacing(Path(out) / "README.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
