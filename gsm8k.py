@@ -16,7 +16,7 @@ format (the paper reports the strict one; on the lenient one a reproduction gain
              well-formed one counts.
     lenient  the strict answer if there is one, else the last number anywhere in the text.
     format   the text says "#### <number>" there, whatever the number. As the reward it is the
-             control: strict and lenient then rise by format alone.
+             control: what strict and lenient gain by it is format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
 format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.

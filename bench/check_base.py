@@ -2,9 +2,9 @@
 
     python bench/check_base.py RUN [--model M] [--data D]      (needs transformers)
 
-Takes the flags of the run's config.json (model and data may be elsewhere now), decodes the same test
-problems greedily with transformers' generate, one at a time, so that no padding can be at fault,
-through its own chat template, and scores the texts with gsm8k.py. The last line is JSON.
+Takes the flags of the run's config.json (model and data may be elsewhere now), decodes the same
+test problems greedily with transformers' generate, one at a time, so that no padding can be at
+fault, through its own chat template, and scores the texts with gsm8k.py. The last line is JSON.
 """
 import argparse
 import json

@@ -135,7 +135,7 @@ RIGHT = {
     "\\pm written out": plus_minus,
     "choice, word bare": replaced(r"^\\text\{\(?(\w+)\)?\}$", r"\1"),
     "bmatrix": lambda a: a.replace("pmatrix", "bmatrix"),
-    "matrix a/b": lambda a: re.sub(r"(\d+)/(\d+)", r"\\frac{\1}{\2}", a) if has(a, "matrix") else None,
+    "matrix a/b": replaced(r"(\d+)/(\d+)", r"\\frac{\1}{\2}", r"^(?!.*matrix)"),
     "+\\infty": replaced(r"(?<=[,(] )\\infty|(?<=[,(])\\infty", r"+\\infty"),
     "unicode": in_unicode,
     "sum reversed": replaced(r"^(\d+) ?\+ ?([^+-]+)$", r"\2 + \1"),

@@ -48,7 +48,7 @@ METAVARS = {str: "X", count: "N", natural: "N", seed: "N"}
 # name, default, kind, meaning; as RECIPE in train.py
 PROGRAM = [
     ("model", os.path.relpath(TOY), str, "folder in Hugging Face layout, or a hub name"),
-    ("data", "gsm8k", str, "gsm8k, a folder (train.jsonl, test.jsonl), or a file to evaluate"),
+    ("data", "gsm8k", str, "gsm8k, a folder of train.jsonl and test.jsonl, or a file"),
     ("task", None, str, "Python file with a task (gsm8k.py; see docs/your-own-task.md)"),
     ("instruction", None, str, "what follows each question (the task's sentence)"),
     ("system", None, str, "system message of every prompt (the template's)"),
@@ -58,7 +58,7 @@ PROGRAM = [
     ("engine", "fast", ["fast", "plain"], "fast/, or the plain files as they read"),
     ("eval-only", False, bool, "evaluate and stop"),
     ("eval-count", None, count, "test problems, the first N (all)"),
-    ("eval-every", 0, natural, "also evaluate greedily every N steps (0: never)"),
+    ("eval-every", 0, natural, "also evaluate greedily every N steps, 0: never"),
     ("chat", False, bool, "answer questions typed in, base and --adapter side by side"),
     ("alpha", None, positive, "LoRA's scale is alpha / rank (32)"),
     ("sigma", 0.2, positive, "es: how far from v it looks"),
@@ -98,7 +98,8 @@ def parser(description, recipe):
         group = cli.add_argument_group(title)
         for name, default, kind, meaning in rows:
             if default is not None and kind is not bool:
-                meaning = f"{meaning} ({default})"
+                head, bracket, rest = meaning.partition(" (")
+                meaning = f"{head} ({default}" + (f"; {rest}" if bracket else ")")
             options = {"help": meaning.replace("%", "%%")}
             if kind is bool:
                 options["action"] = "store_true"

@@ -126,7 +126,8 @@ def failing(tree, tests):
         return None, ""
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if done.returncode != 1 or not failed:
-        raise SystemExit(f"pytest could not run {tests}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        output = done.stdout[-3000:] + done.stderr[-1000:]
+        raise SystemExit(f"pytest could not run {tests}:\n{output}")
     return failed[0], done.stdout[-3000:]
 
 
@@ -164,3 +165,7 @@ def main(words):
                 survivors.append(what)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
     return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -185,7 +185,8 @@ class Recipe:
                 loss = loss + p["kl"] * k3.sum()
                 kl += k3.sum().item()
             seen += len(r["ids"])
-            clipped += int((ratio > high).sum() if A > 0 else (ratio < low).sum())
+            if A != 0:  # only then is there something to clip
+                clipped += int((ratio > high).sum() if A > 0 else (ratio < low).sum())
             gradient += torch.autograd.grad(loss / count, self.v)[0].double().numpy()
         return gradient, seen, clipped, kl
 

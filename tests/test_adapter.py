@@ -1,4 +1,4 @@
-"""tinylora.py beyond the spec's tests: bf16 models, LoRA-XS, the SVD's limits, the file's travel."""
+"""tinylora.py beyond the spec's tests: bf16 models, LoRA-XS, the SVD's limits, moved files."""
 import math
 import os
 import subprocess

@@ -15,7 +15,7 @@ import textwrap
 
 import pytest
 
-from helpers import ROOT, TOY
+from helpers import ROOT
 
 import train
 from support import flags
@@ -246,6 +246,7 @@ ALL_COMMANDS = sorted({shlex.join(words) for path in DOCUMENTS for words in comm
 @pytest.mark.parametrize("command", ALL_COMMANDS)
 def test_commands_parse(command):
     words = shlex.split(command)
+    assert all(any(ROOT.glob(word)) for word in words if word.startswith("results/"))
     if "train.py" in words:
         check_train(words[words.index("train.py") + 1:])
     elif words[:2] == ["python", "-m"]:
@@ -279,17 +280,15 @@ def python_blocks(path):
 
 
 def test_the_library_example_runs(tmp_path):
-    """README's example as it stands, in a folder that has the toy; what it saved is what it has."""
+    """README's example as it stands, in an empty folder; what it saved is what it trained."""
     code, = python_blocks(README)
-    assert len(code.splitlines()) <= 32 and max(map(len, code.splitlines())) <= 100
-    (tmp_path / "toy").symlink_to(TOY)
+    assert len(code.splitlines()) <= 24 and max(map(len, code.splitlines())) <= 100
     check = ("\nassert v.shape == (13, 1) and v.abs().max() > 0"
              "\nassert torch.equal(tinylora.load('adapter.safetensors', again), v)\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, text=True,
                             capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "signal" not in result.stderr
 
 
 def test_the_task_example_trains(tmp_path, capsys):
@@ -324,7 +323,7 @@ def test_the_task_example_scores_what_it_says():
     assert task["score"]("h g e e d a", problem)["sorted"] == 0.0
     assert 0 < task["score"]("a d e g h", problem)["share"] < 1
     assert task["score"]("", problem) == {"sorted": 0.0, "share": 0.0}
-    assert problem["word"] in task["prompt"](problem, None) and "SHOUT" in task["prompt"](problem, " SHOUT")
+    assert task["prompt"](problem, " Shout.").endswith("hedgea in alphabetical order. Shout.")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_gold_answers_of_gsm8k():
     assert count == 8792
 
 
-# --------------------------------------------------------------------------------- where rows come from
+# ------------------------------------------------------------------------- where rows come from
 
 MALFORMED = [("", ["no problems"]), ("{}\n", ["line 1", "question"]),
              ('{"question": "a", "answer": "1"}\n{bad\n', ["line 2", "JSON"]),
@@ -232,7 +232,7 @@ def score(text, row):
 def test_a_task_of_ones_own(tmp_path, capsys):
     """--task, --instruction and a reward that is no 0 or 1: names and means in lines and files."""
     (tmp_path / "task.py").write_text(VOWELS)
-    flags = [*TINY_RUN, "--task", str(tmp_path / "task.py"), "--data", str(TOY), "--reward", "share"]
+    flags = [*TINY_RUN, "--task", str(tmp_path / "task.py"), "--reward", "share"]
     out = tmp_path / "run"
     assert train.main([*flags, "--instruction", " Go!", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
