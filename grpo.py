@@ -1,27 +1,28 @@
 """GRPO, bare. This docstring is the spec: which GRPO this is, with the paper's values for GSM8K
-(arXiv 2602.04118 and its fork's scripts) in brackets.
+(arXiv 2602.04118 and its authors' verl fork) in brackets.
 
- 1. A step takes some problems [64] and samples a group of G responses to each [4], at temperature
-    T [1.0], from the full softmax: no top-k, no top-p. model.logits cuts off, for sampler and
-    trainer alike, the ids that the tokenizer does not have.
+ 1. A step takes some problems [64] and samples a group of G responses to each [4], at a
+    temperature [1.0], from the full softmax: no top-k, no top-p. model.logits cuts off, for sampler
+    and trainer alike, the ids that the tokenizer does not have.
  2. Each prompt is prefilled once and its cache copied to the group. A response ends with the first
-    stop token, which is part of it: stopping is learned like any other token.
+    stop token, which is part of it: stopping is learned like any other token. One that is cut at
+    the limit counts like any other.
  3. Randomness is one uniform number per row and token, given by the caller (a numpy RandomState per
     row) and turned into a token through the inverse CDF: a row's text depends, up to rounding,
     neither on what shares its batch nor on the machine.
  4. The sampler IS the trainer's policy: one model, one forward, nothing merged. So the old
     log-probs are the sampler's, at the same temperature. Their mean distance from the trainer's,
     before a step's first update, is logged as `gap` and should be rounding noise.
- 5. Advantage = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of
+ 5. Advantage A = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of
     equal rewards.
- 6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, summed over tokens
-    and divided by ONE number, all response tokens of the mini-batch (token level, as DAPO): no
-    1/|o| length bias, no mean of means, the same gradient for any micro-batch size.
+ 6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, ratio = new / old
+    probability, summed and divided by ONE number, all response tokens of the mini-batch (as DAPO):
+    no 1/|o| bias, no mean of means, one gradient for any micro-batch size.
  7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
     the policy that training started from (the base model or --adapter), to each token's loss.
  8. A step's problems are split into mini-batches [2 of 32], one Adam update each [AdamW 0.9, 0.999;
-    no weight decay]. Without KL, rows of advantage 0 skip their forward pass; their tokens still
-    count in 6's denominator, so the skip only saves time.
+    eps 1e-8, no weight decay]. Without KL, rows of advantage 0 skip their forward pass: they count
+    in 6's denominator, but not in the logged gap and clip fraction.
  9. The gradient is clipped to a norm [1.0]. v and Adam's state are fp32; with --v-dtype bf16 or
     fp16 the value kept after each update is rounded to that type.
 
@@ -68,7 +69,7 @@ class Rollout:
         return replace(self, prompts=[self.prompts[i] for i in index], **chosen)
 
     def split(self, parts):
-        """`parts` rollouts of consecutive rows. Groups stay whole where parts divides P."""
+        """`parts` rollouts of consecutive rows."""
         bounds = [len(self.ids) * i // parts for i in range(parts + 1)]
         return [self.rows(list(range(start, end))) for start, end in zip(bounds, bounds[1:])]
 
@@ -124,7 +125,7 @@ def noise_tensor(noise, shape, temperature, device):
 
 def check_finite(values, what):
     if not values.isfinite().all():
-        raise InputError(f"the {what} is not finite: lower --lr, or --temperature is extreme")
+        raise InputError(f"the {what} is not finite: lower --lr, or use a milder --temperature")
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     noise = noise_tensor(noise, (B, max_new_tokens), temperature, device)
     stops = torch.tensor(sorted(stop_ids), device=device)
 
-    # prefill: each prompt once; its last token's state predicts the first response token
+    # prefill: a prompt's last state predicts the first response token
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (P,)
     cache = Cache(model, len(prompts), max(map(len, prompts)))
     hidden = model.hidden(pad(prompts, device), cache, lengths)  # (P, longest prompt, C)
@@ -179,8 +180,8 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
 def logprobs(model, rollout, recompute=False):
     """The trainer's log-probs of a rollout's responses, (B, T), 0 where masked.
 
-    The head runs on response positions only, in chunks whose logits are computed again in the
-    backward pass: a whole batch's never exist at once. recompute: see model.hidden.
+    The head runs on response positions, in chunks whose logits are computed again in the backward
+    pass: a whole batch's never exist at once. recompute: see model.hidden.
     """
     mask = rollout.mask
     device = mask.device
@@ -212,7 +213,7 @@ def advantages(rewards):
 
 
 def k3(logp, ref_logp):
-    """Schulman's estimator of the KL to the reference, per token: never negative."""
+    """Schulman's estimator of the KL to the reference, per token."""
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
@@ -234,22 +235,26 @@ def statistics(logp, rollout, args):
     delta = (logp - rollout.logp)[mask]  # (N,)
     advantage = rollout.advantage[:, None].expand_as(mask)[mask]  # (N,)
     too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)
-    clipped = too_high | (advantage < 0) & (delta.exp() < 1 - args.clip_low)
+    too_low = (advantage < 0) & (delta.exp() < 1 - args.clip_low)
+    clipped = (too_high | too_low).sum()
     kl = k3(logp, rollout.ref_logp)[mask].sum() if args.kl > 0 else delta.new_zeros(())
-    return torch.stack([x.double() for x in (mask.sum(), delta.abs().sum(), clipped.sum(), kl)])
+    return torch.stack([x.double() for x in (mask.sum(), delta.abs().sum(), clipped, kl)])
 
 
 def accumulate(part, rollout, index, budget):
-    """The sum of part(some rows of the rollout), a list of tensors, over micro-batches of `index`.
+    """The sum of part(micro-batch), a list of tensors, over micro-batches of the rows in `index`.
 
     A micro-batch has as many rows as fit into `budget` tokens, padding counted, but at least one.
     """
-    longest = max(map(len, rollout.prompts)) + rollout.ids.shape[1]
-    size = max(1, budget // longest)
+    lengths = rollout.mask.sum(1).tolist()
+    index = sorted(index, key=lambda row: -lengths[row])  # rows of like length: little padding
+    prompt = max(map(len, rollout.prompts))
     total = None
-    for start in range(0, len(index), size):
-        parts = part(rollout.rows(index[start:start + size]))
+    while index:
+        size = max(1, budget // (prompt + lengths[index[0]]))
+        parts = part(rollout.rows(index[:size]))
         total = parts if total is None else [x + y for x, y in zip(total, parts)]
+        index = index[size:]
     return total
 
 

@@ -3,7 +3,7 @@
 A task is a module of two functions (python train.py --task FILE.py; docs/your-own-task.md):
 
     prompt(problem, instruction) -> the user's turn; instruction: --instruction, or None
-    score(text, problem)         -> {"name": reward, ...}: what a response earns; "" must do too
+    score(text, problem)         -> {"name": reward, ...}: what a response earns; it may be ""
 
 and, where problems are more than the JSON lines of train.jsonl and test.jsonl, a third:
 
@@ -12,11 +12,11 @@ and, where problems are more than the JSON lines of train.jsonl and test.jsonl, 
 This task has three scores, always reported side by side, because much of a gain can be mere
 format (the paper reports the strict one; on the lenient one a reproduction gained far less):
 
-    strict   the text says "#### <number>" in its last 300 characters, the paper's rule; the last
-             well-formed one counts.
+    strict   the number after the last well-formed "####" of the last 300 characters is right, the
+             paper's rule.
     lenient  the strict answer if there is one, else the last number anywhere in the text.
-    format   the text says "#### <number>" there, whatever the number. As the reward it is the
-             control: what strict and lenient gain by it is format.
+    format   there is such a number. As the reward it is the control: what strict and lenient gain
+             by it is mere format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
 format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.
@@ -43,7 +43,7 @@ NUMBER = r"[-+]?[$€£]?[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)
 # What, right after the number, makes another value of it: 5/2, 5^2, 5², 1e3, 1,0000, 5'000, 5:30,
 # 5-6, 5 + 6, 5 or 6, 5 1/2, 5 million, 5k. A unit, a full stop or markup ends the number.
 MORE = (r"[0-9²³]|[.,:'_][0-9]|[ \t]*(?:[/^*×=]|[-+–][ \t]*[$(]?[0-9])|[eE][-+]?[0-9]|"
-        r"[ \t]+[0-9(]|[ \t]*,?[ \t]*(?:or|and|to)\b[ \t]*[-+$]?[0-9]|[kKMxX]\b|"
+        r"[ \t]+(?:[xX][ \t]*)?[0-9(]|[ \t]*,?[ \t]*(?:or|and|to)\b[ \t]*[-+$]?[0-9]|[kKMxX]\b|"
         r"[ \t]*(?:hundred|thousand|million|billion|trillion|dozen|bn)\b")
 STRICT = re.compile(rf"####[ \t]*({NUMBER})(?!{MORE})")
 ANY = re.compile(NUMBER)
@@ -93,7 +93,7 @@ def checked(row, where):
     """A JSON object of the file -> {"question", "answer", "gold", "boxed", "solution"}.
 
     With "question", "answer" is a solution that ends in "#### <number>", or the number; with
-    "problem", LaTeX. None: an empty answer in LaTeX, as MATH's copies have a few.
+    "problem", LaTeX. None for an empty LaTeX answer: copies of MATH hold a few.
     """
     is_boxed = isinstance(row.get("problem"), str)
     question = row.get("problem" if is_boxed else "question")

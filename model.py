@@ -137,12 +137,12 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D): this call's keys come last
-        # grouped queries: query head h reads key head h // (H / KV)
-        per_key = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(per_key, dim=1)  # (B, H, S, D)
-        v = v.repeat_interleave(per_key, dim=1)  # (B, H, S, D)
+        # grouped queries: the H / KV query heads that read one key head become its rows, n T in all
+        n = q.shape[1] // k.shape[1]
+        q = q.reshape(B, -1, n * T, self.head_dim)  # (B, KV, n T, D)
         # not is_causal=True: with a cache torch aligns that triangle to the top left, a silent bug
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, n, 1))
+        y = y.view(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -191,14 +191,14 @@ class Transformer(nn.Module):
 
         cache: continues the rows in it. lengths (B,): how many of a row's T tokens are real, the
         rest is padding on the right whose output means nothing (None: all are real).
-        recompute: activation checkpointing, block by block (less memory, one more forward).
+        recompute: activation checkpointing, block by block.
         """
         B, T = ids.shape
-        count = torch.arange(T, device=ids.device)  # (T,)
+        index = torch.arange(T, device=ids.device)  # (T,)
         start = 0 if cache is None else cache.lengths[:, None]  # (B, 1): tokens so far
-        position = (start + count).expand(B, T)  # (B, T)
+        position = (start + index).expand(B, T)  # (B, T)
         if lengths is not None:
-            position = position.masked_fill(count >= lengths[:, None], NEVER)
+            position = position.masked_fill(index >= lengths[:, None], NEVER)
 
         key_position = position  # (B, S), S = T without a cache
         if cache is not None:

@@ -141,7 +141,7 @@ def test_tying_by_hand():
     assert tie_of[:7] == [0, 2, 4, 6, 8, 10, 12] and tie_of[-7:] == [1, 3, 5, 7, 9, 11, 13]
     assert tinylora.plan(4, params=26, u=2)[1:3] == (13, 2)
     assert tinylora.plan(4, n_tie=7, u=3)[1:3] == (4, 3)
-    for wrong in ({"params": 0}, {"tying": "structured"}, {"params": 13, "n_tie": 7}, {"u": 2}):
+    for wrong in ({"tying": "structured"}, {"params": 13, "n_tie": 7}, {"u": 2}):
         with pytest.raises(InputError):
             tinylora.plan(4, **wrong)
 
@@ -310,7 +310,7 @@ def test_misuse_is_answered():
     model, v, data = off_policy(torch.float32)
     with pytest.raises(ValueError, match="temperature 1.0 needs noise"):
         grpo.generate(model, PROMPTS, 4, 12, (0,), 1.0)
-    with pytest.raises(ValueError, match="one prompt per row"):
+    with pytest.raises(ValueError, match="repeat each prompt"):
         grpo.Rollout(PROMPTS, data.ids, data.mask, data.logp, 1.0)
     with pytest.raises(TypeError, match="lr"):
         grpo.update(model, torch.optim.AdamW([v]), data, ARGS, grpo, lr=0.1)

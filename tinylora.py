@@ -7,7 +7,8 @@ W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs)
 are fixed random r x r matrices, different for every module. v (u numbers) is all that is trained.
 Modules that share one v are a `tie`: Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form 13
 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is the
-base model bit for bit. Nothing is merged into W: bf16 would round most of the change away.
+base model bit for bit. Nothing is merged into W: a bf16 weight would lose most of the change for
+good, while an activation's rounding differs from token to token and averages out.
 
 SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Adam moves
 v by about lr a step whatever the gradient's size, so what counts is lr x scale:
@@ -17,8 +18,8 @@ v by about lr a step whatever the gradient's size, so what counts is lr x scale:
     author's fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16/sqrt(u)     16 x lr
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   1/sqrt(r)      sqrt(u/r) x lr
 
-S stands left of R here, right of it in the fork and on both sides in PEFT: entry (i, j) of R is
-weighted by s_i, s_j and sqrt(s_i s_j), in this order; no learning rate undoes that.
+With S left of R, right of it, on both sides, entry (i, j) of R is weighted by s_i, s_j,
+sqrt(s_i s_j): no learning rate undoes that.
 
 LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i the r^2 unit matrices and no
 1/sqrt(u), so v IS R. All the rest is the same code.
@@ -26,8 +27,8 @@ LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i the r^2 u
 THE FILE. An adapter is a safetensors file of one tensor, v (13 numbers: 52 bytes in fp32, 26 in
 bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from numpy's
 RandomState, a stream frozen by policy, seeded by [1, seed, module number, 0]; U S V^T from the base
-model, which a fingerprint identifies, with a rule for the signs. On another processor, thread count
-or engine the SVD, and so the adapter, is equal only up to rounding.
+model's weights as loaded, with a rule for the signs; a fingerprint tells if it is that model, in
+fp32 or bf16. Another processor, engine or dtype rounds the SVD, and so the adapter, anew.
 """
 import math
 import sys
@@ -44,7 +45,7 @@ from support.checkpoint import fingerprint
 from support.errors import InputError
 from support.files import replacing, sorted_header
 
-# In forward order, and in this order modules are tied.
+# A block's modules, in the order in which they are numbered and tied.
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -72,7 +73,7 @@ def truncated_svd(W, rank):
 
 
 def svd(weights, rank):
-    """truncated_svd of each weight in turn: the plain engine's solver, see train.Run."""
+    """truncated_svd of each weight in turn."""
     for W in weights:
         yield truncated_svd(W, rank)
 
@@ -81,7 +82,7 @@ class TinyLoRALinear(nn.Module):
     """A frozen nn.Linear plus U S R V^T.
 
     v (ties, u) is one Parameter, shared by all modules of the model; this module reads row `tie`.
-    P (u, r, r) already carries the 1/sqrt(u). factors: U, S, V and residual of truncated_svd.
+    P (u, r, r), with its 1/sqrt(u) if any. factors: U, S, V and residual of truncated_svd.
     """
 
     def __init__(self, base, v, tie, P, factors):
@@ -110,7 +111,7 @@ def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
     Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
-    4 evaluation): numpy folds short ones, [5, 3] and [5, 3, 3, 1] are one stream.
+    4 evaluation): numpy repeats short ones, [5, 3] and [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -166,8 +167,6 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     method: or "lora-xs", whose sizes follow from the rank. svd: the solver, or fast/lanczos.py's.
     model.adapter gets the settings for the file. InputError: no such plan, or a damaged weight.
     """
-    if hasattr(model, "adapter"):
-        raise ValueError("this model carries an adapter already")
     c = model.config
     fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
     if not 1 <= rank <= fits:

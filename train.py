@@ -34,7 +34,7 @@ from support.threads import choose_threads
 # The recipe: name, default, kind, meaning. None: decided later, as the text says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
 RECIPE = [
-    ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "or what the paper compares"),
+    ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "what is trained"),
     ("params", None, count, "how many numbers to train (13; with --n-tie: ties x u)"),
     ("u", None, count, "numbers per tie (1 unless --params exceeds the modules)"),
     ("n-tie", None, count, "modules (tiled) or layers (structured) per tie"),
@@ -42,7 +42,7 @@ RECIPE = [
     ("rank", None, count, "number of SVD directions (2), or LoRA's rank (1)"),
     ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "of the trained numbers, kept and saved"),
     ("seed", 0, seed, "of P, the problems' order and the sampling"),
-    ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or worked solutions"),
+    ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or SFT"),
     ("steps", None, natural, "training steps (3 epochs)"),
     ("prompts", 64, count, "problems a step"),
     ("group", 4, count, "responses to each problem"),
@@ -57,24 +57,23 @@ RECIPE = [
     ("grad-clip", 1.0, positive, "largest gradient norm"),
     ("reward", None, str, "the score that is paid (the task's first: strict)"),
 ]
-# tinylora's: the fork's 1e-5 times its scale of 16, see tinylora.py.
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}
-SAMPLED = (False, True)  # every evaluation is made twice: greedily, and at T = 1
+SAMPLED = (False, True)  # the first and last evaluations: greedy, then at T = 1
 
 
 @dataclass
 class Run:
     """What every step works with."""
-    args: object  # the flags
+    args: object
     model: transformer.Transformer
     chat: Chat  # tokenizer and chat template
-    task: object  # prompt and score: gsm8k.py, or --task
-    score_names: list  # of the task; the first is its main one
+    task: object  # gsm8k, or --task
+    score_names: list
     engine: object  # the module with generate, logprobs, accumulate, svd: grpo, or fast
 
 
-def pick(step, count, args):
-    """What step `step` (from 0) takes of `count` problems: positions in an endless series of
+def pick(step, total, args):
+    """What step `step` (from 0) takes of `total` problems: positions in an endless series of
     shuffled epochs, and the problems' numbers. Each rank takes its share of every mini-batch.
     """
     per_batch = args.prompts // args.minibatches
@@ -84,14 +83,13 @@ def pick(step, count, args):
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
     chosen = []
     for position in positions:
-        epoch, i = divmod(position, count)
-        order = np.random.RandomState([2, args.seed, epoch, 0]).permutation(count)
-        chosen.append(int(order[i]))
+        order = np.random.RandomState([2, args.seed, position // total, 0]).permutation(total)
+        chosen.append(int(order[position % total]))
     return positions, chosen
 
 
 def learning_rate(update, args):
-    """Of update number `update` (from 0): rises linearly from lr / warmup to lr, then constant."""
+    """Of update `update` (from 0): linear up to lr over the --warmup share of all, then lr."""
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
     return args.lr * min(1, (update + 1) / warmup)
 
@@ -99,7 +97,7 @@ def learning_rate(update, args):
 def roll_out(run, problems, group, noise, temperature, label, **more):
     """`group` responses to each of the problems, --rollout-rows at once -> Rollout.
 
-    noise: (problems x group, max_new_tokens). more: what only fast.generate takes, per problem.
+    noise: (problems x group, max_new_tokens). more: methods/es.py's v for every problem.
     """
     args = run.args
     texts = [run.task.prompt(problem, args.instruction) for problem in problems]
@@ -108,13 +106,13 @@ def roll_out(run, problems, group, noise, temperature, label, **more):
     parts = []
     with LiveBar(label, len(prompts) * group, args.max_new_tokens) as bar:
         for start in range(0, len(prompts), chunk):
-            some = slice(start, start + chunk)
-            some_rows = slice(start * group, (start + chunk) * group)
-            some_more = {name: values[some] for name, values in more.items()}
-            bar.start_chunk(len(prompts[some]) * group)
+            part = slice(start, start + chunk)
+            rows = slice(start * group, (start + chunk) * group)
+            extra = {name: values[part] for name, values in more.items()}
+            bar.start_chunk(len(prompts[part]) * group)
             parts.append(run.engine.generate(
-                run.model, prompts[some], group, args.max_new_tokens, run.chat.stop_ids,
-                temperature, noise[some_rows], bar.progress, **some_more))
+                run.model, prompts[part], group, args.max_new_tokens, run.chat.stop_ids,
+                temperature, noise[rows], bar.progress, **extra))
             bar.end_chunk()
     return grpo.Rollout.join(parts)
 
@@ -131,10 +129,10 @@ def score(run, rollout, problems):
 
 
 def evaluate(run, problems, label, step, sampled=False):
-    """Fixed problems, greedy or at T = 1 with fixed noise: {score name or "length": mean}."""
+    """Fixed problems, greedy or at T = 1 with fixed noise -> {score name or "length": mean}."""
     start = time.time()
     label = f"{label} at T = 1" if sampled else f"{label}, greedy"
-    numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's
+    numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's, in order
     results = []
     if numbers:  # there may be more ranks than problems
         some = [problems[i] for i in numbers]
@@ -152,7 +150,7 @@ def evaluate(run, problems, label, step, sampled=False):
 
 
 def adapt(model, args, engine):
-    """Make the model trainable as --method says, from --adapter or anew; returns the tensors."""
+    """Make the model trainable, from --adapter or anew; returns the trained tensors."""
     if args.method in ("lora", "full"):
         from methods import lora
         params = lora.start(model, args)
@@ -166,7 +164,7 @@ def adapt(model, args, engine):
 
 
 def save(model, params, args, model_folder):
-    """What was learned: adapter.safetensors, or what methods/lora.py writes; returns the path."""
+    """Write adapter.safetensors, or what methods/lora.py writes; returns the path."""
     if args.method in ("lora", "full"):
         from methods import lora
         return lora.save_run(model, args, model_folder)
@@ -176,7 +174,7 @@ def save(model, params, args, model_folder):
 
 
 def train(run, params, optimizer, reference, state, train_problems, test_problems, log_elsewhere):
-    """The loop. Every step is written down, so that --resume goes on after it."""
+    """The loop. Every step is logged; --resume goes on after the last one saved."""
     args = run.args
     out = Path(args.out)
     began = time.time() - state["seconds"]  # as if the run had never stopped
@@ -256,7 +254,8 @@ def work(args):
         if chat.vocab > model.vocab:
             raise InputError(f"{folder}: {chat.vocab} token ids, a table of {model.vocab} rows")
         model.vocab = chat.vocab
-        choose_threads(model, args.device)
+        if args.engine == "fast":
+            choose_threads(model, args.device)
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)
         params = adapt(model, args, engine) if args.adapter or not args.eval_only else []
@@ -264,7 +263,7 @@ def work(args):
         run = Run(args, model, chat, task, score_names, engine)
         if args.engine == "fast":
             texts = [task.prompt(problem, args.instruction) for problem in test_problems[:3]]
-            engine.check(model, [chat.prompt(text) for text in texts], chat.stop_ids)
+            engine.check(model, [chat.prompt(text, args.system) for text in texts], chat.stop_ids)
             if args.cuda_graph:
                 engine.use_graphs(model)
         if args.eval_only:
@@ -288,9 +287,13 @@ def work(args):
             report.write_summary(run, params, saved, state, final, len(test_problems))
 
 
+def flags(argv=None):
+    return parse(argv, __doc__, RECIPE, LR)
+
+
 def main(argv=None):
     """Returns the exit code, see program.run_main."""
-    return program.run_main(lambda: parse(argv, __doc__, RECIPE, LR), work, resumable=True)
+    return program.run_main(lambda: flags(argv), work, resumable=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several test files need: small random models, folders, rollouts. Import it before the rest."""
+"""What several test files need: small random models, model folders, rollouts. Import it first."""
 import importlib.util
 import json
 import os

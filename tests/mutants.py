@@ -29,9 +29,9 @@ AGREE = [f"{RECIPE}::test_ranks_that_differ_end_the_run",
          f"{RECIPE}::test_ranks_that_resume_from_different_steps_end"]
 SEARCH = [f"{RECIPE}::test_noise_of_a_search_never_repeats"]
 CLAMP = "clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)"
-COUNTED = "delta.exp() > 1 + args.clip_high, delta.exp() < 1 - args.clip_low"
+HIGH = "too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)"
 KEEP = "reference = [p.detach().clone() for p in params] if args.kl > 0 else None"
-LOAD = "done = resume.load(out, params, optimizer, reference) if args.resume else None"
+LOAD = "state = resume.load(out, params, optimizer, reference) if args.resume else None"
 
 # (name, file, text that is there once, what replaces it, tests of which one must fail)
 MUTANTS = [
@@ -40,7 +40,14 @@ MUTANTS = [
     ("warm-up one update late", "train.py",
      "min(1, (update + 1) / warmup)", "min(1, update / warmup)", RUN),
     ("evaluation on training problems", "train.py",
-     "test_rows = test_rows[:args.eval_count]", "test_rows = train_rows[:args.eval_count]", RUN),
+     "test_problems = test_problems[:args.eval_count]",
+     "test_problems = train_problems[:args.eval_count]", RUN),
+    ("first evaluation on training problems", "train.py",
+     "base = [evaluate(run, test_problems,", "base = [evaluate(run, train_problems,", RUN),
+    ("last evaluation on training problems", "train.py",
+     "return [evaluate(run, test_problems,", "return [evaluate(run, train_problems,", RUN),
+    ("evaluation after a step on training problems", "train.py",
+     "evaluate(run, test_problems, f", "evaluate(run, train_problems, f", RUN),
     ("evaluation sampled at the run's temperature", "train.py",
      "1.0 if sampled else 0.0, label)", "run.args.temperature if sampled else 0.0, label)", RUN),
     ("the first score paid, whatever --reward", "train.py",
@@ -50,15 +57,17 @@ MUTANTS = [
     ("temperature 1.0 given to the update", "grpo.py",
      "temperature=chunks[0].temperature)", "temperature=1.0)", RUN),
     ("temperature missing in the plain trainer", "grpo.py",
-     "log_softmax(model.logits(hidden), rollout.temperature)",
+     "log_softmax(model.logits(hidden), rollout.temperature or 1.0)",
      "log_softmax(model.logits(hidden), 1.0)", RUN),
     ("temperature missing in the fast trainer", "fast/training.py",
-     "log_softmax(logits(model, hidden), rollout.temperature)",
+     "log_softmax(logits(model, hidden), rollout.temperature or 1.0)",
      "log_softmax(logits(model, hidden), 1.0)", RUN),
     ("clip bounds swapped in the loss", "grpo.py",
      CLAMP, "clipped = ratio.clamp(1 - args.clip_high, 1 + args.clip_low)", RUN),
+    ("the upper clip bound as low as the lower", "grpo.py",
+     CLAMP, CLAMP.replace("args.clip_high", "args.clip_low"), RUN),
     ("clip bounds swapped in the log", "grpo.py",
-     COUNTED, "delta.exp() > 1 + args.clip_low, delta.exp() < 1 - args.clip_high", RUN),
+     HIGH, HIGH.replace("high)", "low)"), RUN),
     ("weight decay 0.01", "train.py", "weight_decay=0.0", "weight_decay=0.01", RUN),
     ("weight decay 0.01, seen in the optimizer", "train.py",
      "weight_decay=0.0", "weight_decay=0.01", DEFAULTS),
@@ -86,9 +95,9 @@ MUTANTS = [
     ("ranks never object", "support/ranks.py",
      "if max(values) - min(values) >", "if False and max(values) - min(values) >", AGREE),
     ("ranks do not compare v", "train.py",
-     "ranks.agree(row[\"v_norm\"], f\"what they", "str((row[\"v_norm\"], f\"what they", AGREE),
+     'ranks.agree(row["v_norm"],', "ranks.agree(0,", AGREE),
     ("ranks do not compare the step", "train.py",
-     "ranks.agree(done[\"step\"], ", "str((done[\"step\"], ", AGREE),
+     'ranks.agree(state["step"],', "ranks.agree(0,", AGREE),
     ("the KL reference not restored", "support/resume.py",
      "reference[int(i)].copy_(x)", "pass", RESUMED),
     ("the KL reference taken after the state", "train.py",

@@ -38,8 +38,8 @@ BASE = {"prompts": 4, "group": 3, "minibatches": 2, "lr": 0.05, "warmup": 0.05, 
         "max_new_tokens": 12, "v_dtype": "fp32", "eval_every": 0}
 SETTINGS = {
     # from an adapter; ratios leave both bounds, and every gradient is clipped
-    "kl": {"kl": 0.5, "temperature": 0.7, "clip_low": 0.02, "clip_high": 0.1, "warmup": 0.5,
-           "reward": "third", "seed": 7, "grad_clip": 0.02, "eval_every": 1},
+    "kl": {"kl": 0.5, "temperature": 0.7, "clip_low": 0.02, "clip_high": 0.2, "warmup": 0.5,
+           "reward": "third", "seed": 7, "lr": 0.1, "grad_clip": 0.02, "eval_every": 1},
     "bf16": {"minibatches": 1, "seed": 3, "lr": 0.1, "clip_low": 0.1, "v_dtype": "bf16"},
 }
 ADAPTER_SEED = 5  # of P, which --adapter brings; --seed is another
@@ -81,6 +81,7 @@ class Recipe:
         self.v = tinylora.adapt(self.model, 13, seed=P_seed)
         self.v0 = torch.zeros(13, 1) if v0 is None else v0.view(13, 1)
         self.set(self.v0)
+        self.clipped = {True: 0, False: 0}  # tokens: above, where the advantage is positive; below
 
     def set(self, value):
         with torch.no_grad():
@@ -186,7 +187,9 @@ class Recipe:
                 kl += k3.sum().item()
             seen += len(r["ids"])
             if A != 0:  # only then is there something to clip
-                clipped += int((ratio > high).sum() if A > 0 else (ratio < low).sum())
+                outside = ratio > high if A > 0 else ratio < low
+                clipped += int(outside.sum())
+                self.clipped[A > 0] += int(outside.sum())
             gradient += torch.autograd.grad(loss / count, self.v)[0].double().numpy()
         return gradient, seen, clipped, kl
 

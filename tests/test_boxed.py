@@ -222,12 +222,15 @@ def test_long_answers_are_compared_as_they_are():
 @needs_assets
 @pytest.mark.parametrize("name,count",
                          [("math500", 500), ("aime24", 30), ("amc23", 40), ("train_12k", 11998)])
-def test_every_gold_answer_agrees_with_itself(name, count):
-    """MATH500, AIME24, AMC23 and MATH's training set, two rows of which have no answer."""
+def test_every_gold_answer_is_found_and_told_from_others(name, count):
+    """MATH500, AIME24, AMC23 and MATH's training set, two rows of which have no answer: the last
+    box is read, another spelling is paid, one more digit is not."""
     golds = read_golds(name)
     assert len(golds) == count
     for gold in golds:
-        assert same(boxed("so $\\boxed{" + gold + "}$."), gold), gold
+        assert boxed("first $\\boxed{-999}$, then $\\boxed{" + gold + "}$.") == gold
+        assert same("$" + gold.replace("\\frac", "\\dfrac") + "$.", gold), gold
+        assert not same(gold + "7", gold) and not same("7" + gold, gold), gold
 
 
 def read_golds(name):

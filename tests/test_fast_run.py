@@ -75,7 +75,7 @@ def test_gradient_does_not_depend_on_micro_batches_or_workers():
     model, v, data, args = batch()
     whole = gradient(model, v, data, args)
     assert whole.abs().max() > 1e-3
-    for tokens in (1, 40, 100):
+    for tokens, args.recompute in ((1, False), (40, True), (40, False), (100, True)):
         args.tokens_per_micro_batch = tokens
         results = []
         for workers in (1, 2, 5):

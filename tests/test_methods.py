@@ -3,7 +3,6 @@ import json
 import math
 import os
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import ROOT, TINY_RUN, TOY, one_error, random_v, read_rows, tiny, write_folder
+from helpers import TINY_RUN, TOY, one_error, random_v, read_rows, tiny, write_folder
 
 import fast
 import grpo
@@ -37,8 +36,10 @@ METHODS = [("--method lora-xs --rank 3 --reward lenient", "lora-xs", 28 * 9),
 def test_every_method_trains_saves_and_evaluates(flags, method, numbers, tmp_path, capsys):
     """Each changes the policy, and what it saves evaluates to the run's last scores."""
     out = tmp_path / "a"
-    run = [word for word in TINY_RUN]
-    run[run.index("--prompts") + 1] = "8"
+    run = [*TINY_RUN, "--prompts", "8"]
+    if "sft" in flags:  # --group means nothing to it, and is refused
+        at = run.index("--group")
+        del run[at:at + 2]
     assert train.main([*flags.split(), *run, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == method and summary["params"] == numbers
@@ -235,7 +236,7 @@ def test_sft_learns_the_solutions(tmp_path):
     flags = "--algo sft --method lora --rank 4 --lr 1e-3 --steps 12 --prompts 16 --warmup 0"
     assert train.main([*flags.split(), "--eval-count", "1", "--out", str(out)]) == 0
     losses = [row["loss"] for row in read_rows(out / "log.jsonl")]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert min(losses) > 0 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 # -------------------------------------------------------------------------------------------- ES
@@ -281,20 +282,14 @@ def test_es_climbs_a_known_hill():
     assert updates[0]["signal"] == 1.0 and len(scores["strict"]) == 64 * 64
     assert updates[0]["grad_norm"] == pytest.approx(v.grad.norm().item())
     assert seen["label"] == "step 1"
-    for i in range(100):
+    run.args.group = 16
+    for i in range(60):
         positions = list(range(64 * (i + 1), 64 * (i + 1) + 8))
         es.step(run, optimizer, [{}] * 8, positions, roll_out, hill)
     assert (v - goal).norm() < 0.2 * (start - goal).norm()
-    assert seen["label"] == "step 101"
+    assert seen["label"] == "step 61"
     _, _, updates = es.step(run, optimizer, [{}] * 2, [0, 1], roll_out, flat)
     assert (v.grad == 0).all() and updates[0] == {"grad_norm": 0.0, "signal": 0.0}
-
-
-def test_es_repeats_its_own_log():
-    """results/es-seed1 was made by an older layout of this code: the same random numbers."""
-    rows = read_rows(ROOT / "results" / "es-seed1" / "log.jsonl")[:2]
-    out = Path(os.environ.get("PYTEST_TMP", "")) if False else None
-    assert out is None and rows[0]["signal"] == 0.2109375
 
 
 def test_values_reach_the_engine():

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,6 @@ from support.chat_format import Chat
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tests" / "recorded"
-ASSETS = Path(os.environ.get("TINYLORA_ASSETS") or "/nonexistent")
 EXACT = bool(os.environ.get("TINYLORA_EXACT"))
 NOISE = ("gap",)  # nothing but rounding
 SUMMED = ("loss",)  # in another order than then
@@ -169,23 +166,6 @@ def test_an_adapter_gives_its_scores(name, tmp_path):
 def test_every_committed_adapter_is_in_the_record():
     there = {str(path.relative_to(ROOT)) for path in ROOT.glob("results/*/adapter.safetensors")}
     assert there >= {name for name in ADAPTERS if name.startswith("results/")}
-
-
-@pytest.fixture(scope="module", params=["qwen", "llama"])
-def smollm2(request, tmp_path_factory):
-    """The real SmolLM2-135M-Instruct: (layout, folder), made by the assets' script."""
-    script = ASSETS.parent / "get_smollm2.py"
-    if not script.is_file():
-        pytest.skip("needs get_smollm2.py beside the folder named by TINYLORA_ASSETS")
-    ready = os.environ.get("TINYLORA_SMOLLM2")  # folders made before: <this>-qwen, <this>-llama
-    if ready:
-        return request.param, Path(f"{ready}-{request.param}")
-    folder = tmp_path_factory.mktemp("smollm2") / request.param
-    command = [sys.executable, str(script), str(folder)]
-    made = subprocess.run(command + ["--as-qwen2"] * (request.param == "qwen"), capture_output=True)
-    if made.returncode:
-        pytest.skip(f"get_smollm2.py: {made.stderr.decode()[-300:]}")
-    return request.param, folder
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ setting. Runs of other methods are dashed lines at what they reached, and so is 
 from pathlib import Path
 
 from support.errors import InputError
-from tools.plot import by_setting, mean_and_band, panel, pyplot, save
+from tools.runs import by_setting, mean_and_band, panel, pyplot, save
 
 MODES = (("greedy", "tab:blue"), ("T = 1", "tab:orange"))
 NAMES = {"lora": "LoRA", "full": "full"}

@@ -1,0 +1,83 @@
+"""bench/: the commands run, at the smallest sizes; what they measure is in docs/."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, TINY_RUN, needs
+
+import train
+
+
+def bench(*words):
+    """A benchmark's output, and its last line as JSON."""
+    command = [sys.executable, str(ROOT / "bench" / words[0]), *map(str, words[1:])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+@needs("transformers")
+def test_a_base_is_what_transformers_gets(tmp_path):
+    """Greedy scores of a run, and of transformers' own generate; moved model and data."""
+    out = tmp_path / "run"
+    assert train.main([*TINY_RUN, "--steps", "0", "--out", str(out)]) == 0
+    _, result = bench("check_base.py", out)
+    assert result["equal"] and result["problems"] == 8
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model": "gone", "data": "gone"}))
+    _, result = bench("check_base.py", out, "--model", ROOT / "toy", "--data", ROOT / "toy")
+    assert result["equal"]
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "check_base.py"), str(out)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --model gone: no such folder\n"
+
+
+def test_scale():
+    text, result = bench("scale.py", "--shapes", "toy", "--batches", "8", "--tokens", "8",
+                         "--rounds", "1")
+    assert "failed" not in text
+    assert result["toy, batch 8, group 4, 8 tokens, decode"]["tokens/s"] > 0
+    assert result["toy, batch 8, group 4, 8 tokens, update"]["tokens a micro-batch"] == 2048
+
+
+SMALL = ("--problems", "2", "--group", "2", "--tokens", "8", "--rounds", "1")
+
+
+@needs("transformers", "trl", "peft", "datasets")
+def test_speed():
+    _, result = bench("speed.py", "rollout", "step", "skew", "many", *SMALL, "--lengths", "limit")
+    assert set(result["rollout"]["limit"]) == {"fast", "plain", "default", "static", "ratio",
+                                               "fast to plain"}
+    assert result["step"]["limit"]["trl, fastest"] > 0 and result["skew"]["ratio"] > 0
+    assert result["many"][f"tokens alike, of {4 * 8}"]["one v"] == 32
+
+
+@pytest.mark.parametrize("name,words", [("speed.py", ["sing"]), ("scale.py", ["--batches", "7"]),
+                                        ("speed.py", ["skew", "--model", "nowhere"])])
+def test_mistakes(name, words):
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / name), *words], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_mawps(tmp_path):
+    """Single-op problems only; numbers as gsm8k.py reads them."""
+    rows = [{"input": f"q{i}", "target": 2.0 if i else 0.5, "type": "singleop" if i % 2 else "x"}
+            for i in range(120)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(ROOT / "bench" / "mawps.py"), str(tmp_path / "m.jsonl")]
+    subprocess.run([*command, str(tmp_path / "out")], check=True)
+    test = (tmp_path / "out" / "test.jsonl").read_text().splitlines()
+    assert len(test) == 48 and json.loads(test[0]) == {"question": "q1", "answer": "2"}
+    assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 12
+
+
+@needs("math_verify")
+def test_boxed_agreement(tmp_path):
+    path = tmp_path / "gold.jsonl"
+    answers = ["\\frac{1}{2}", "10", "(1,2)", "x^2+1"]
+    path.write_text("".join(json.dumps({"answer": a}) + "\n" for a in answers))
+    _, result = bench("boxed_agreement.py", path)
+    assert result["pairs"] > 40 and result["all but trailing dots"] > 0.8

@@ -1,0 +1,131 @@
+"""Runs as tools/plot.py and tools/claim.py draw them: read from their folders, put together."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.errors import InputError
+from support.files import read_json, read_jsonl
+
+# What does not make two runs two settings: the seed, where and with what they ran, how it was
+# written down; and sums over texts, which nobody could read in a legend.
+IGNORED = {"seed", "out", "trained", "torch", "numpy", "device", "resume", "save_every", "wandb",
+           "tensorboard", "threads", "ranks", "chat", "chat_format", "problems", "samples",
+           "engine", "eval_only", "tokens_per_micro_batch", "rollout_rows", "recompute",
+           "cuda_graph", "sample_every"}
+# A row's rollouts come from the policy before its update: step - 1. Its v_norm from after it.
+BEFORE = {"length": "length (tokens)", "entropy": "entropy (nats per token)",
+          "loss": "loss (--algo sft)"}
+REWARD = "reward of the samples trained on"
+NORM = "norm of what is trained"
+
+
+@dataclass
+class Run:
+    folder: Path
+    settings: dict
+    summary: dict  # {} while it goes on
+    points: dict  # what of: {step: value}
+    scores: list  # names of the task's scores
+
+
+def read_run(folder):
+    """A run's folder -> Run. InputError if it is something else."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config.get("eval_only"):
+        raise InputError(f"{folder}: is an evaluation, without steps that could be drawn")
+    if not (folder / "log.jsonl").is_file():
+        raise InputError(f"{folder}: has no log.jsonl: it is no run, or has made no step yet")
+    rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
+    if not all(isinstance(row.get("step"), int) for row in rows):
+        raise InputError(f"{folder / 'log.jsonl'}: its rows are not those of a run")
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    scores = score_names(rows, summary)
+    return Run(folder, settings_of(config), summary, points_of(config, rows, summary, scores),
+               scores)
+
+
+def score_names(rows, summary):
+    """The task's scores: what evaluations after a step or of the whole run have measured."""
+    names = [name.removeprefix("final_") for name in summary if name.startswith("final_")]
+    names += [name.removeprefix("eval_") for row in rows for name in row
+              if name.startswith("eval_") and name != "eval_length"]
+    return [name for name in dict.fromkeys(names) if not name.startswith("sampled")]
+
+
+def settings_of(config):
+    """The settings that make a run what it is; those left at their defaults as they came out."""
+    trained = config.get("trained")
+    trained = trained if isinstance(trained, dict) else {}
+    settings = {name: x for name, x in config.items() if name not in IGNORED}
+    settings |= {name: trained[name] for name in ("rank", "alpha", "u", "tie", "n_tie")
+                 if name in trained}
+    if "groups" in trained:  # ties, in the file format's words
+        settings["params"] = trained["groups"] * trained["u"]
+    return {name: x for name, x in settings.items() if x not in (None, False, "")}
+
+
+def points_of(config, rows, summary, scores):
+    """{title of a panel: {step: value}}; panels without a point are left out."""
+    main = "strict" if "strict" in scores else (scores or [None])[0]
+    panels = {}
+    for sampled, words in ((False, "greedy"), (True, "T = 1")):
+        for name in scores:
+            key = f"eval_sampled_{name}" if sampled else f"eval_{name}"
+            points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+            if sampled and not points and name != main:
+                continue
+            key = name
+            if sampled:  # as in summary.json, see support/report.py
+                key = "sampled" if name == main else f"sampled_{name}"
+            if summary:
+                points[0] = summary.get(f"base_{key}")
+                points[summary.get("steps", len(rows))] = summary.get(f"final_{key}")
+                points = {step: x for step, x in points.items() if x is not None}
+            panels[panel(name, words)] = points
+    reward = config.get("reward") or main
+    before = {reward: REWARD} | BEFORE
+    for key, title in before.items():
+        panels[title] = {row["step"] - 1: row[key] for row in rows if row.get(key) is not None}
+    panels[NORM] = {row["step"]: row["v_norm"] for row in rows if row.get("v_norm") is not None}
+    return {title: points for title, points in panels.items() if points}
+
+
+def panel(score, mode):
+    return f"held-out {score}, {mode}"
+
+
+def by_setting(runs):
+    """[(settings, runs with them)], in order."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
+    return [(members[0].settings, members) for members in groups.values()]
+
+
+def mean_and_band(members, title):
+    """steps, means, lowest, highest of the members' points at each step."""
+    points = [run.points.get(title, {}) for run in members]
+    steps = sorted({step for some in points for step in some})
+    values = [[some[step] for some in points if step in some] for step in steps]
+    means = [sum(x) / len(x) for x in values]
+    return steps, means, [min(x) for x in values], [max(x) for x in values]
+
+
+def pyplot():
+    """matplotlib, drawing into files only. InputError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure, out):
+    try:
+        figure.savefig(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
