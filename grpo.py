@@ -61,7 +61,7 @@ class Rollout:
                              f"prompt for its group")
 
     def rows(self, index):
-        """Some of the rows (a list of numbers), cut to their longest response."""
+        """Some rows (a list of numbers), cut to their longest response."""
         at = torch.tensor(index, device=self.ids.device)
         width = int(self.mask[at].sum(1).max())
         chosen = {name: x[at] for name, x in vars(self).items() if torch.is_tensor(x)}
@@ -244,7 +244,7 @@ def statistics(logp, rollout, args):
 def accumulate(part, rollout, index, budget):
     """The sum of part(micro-batch), a list of tensors, over micro-batches of the rows in `index`.
 
-    A micro-batch has as many rows as fit into `budget` tokens, padding counted, but at least one.
+    A micro-batch has as many rows as fit into `budget` tokens, padding counted, or one.
     """
     lengths = rollout.mask.sum(1).tolist()
     index = sorted(index, key=lambda row: -lengths[row])  # rows of like length: little padding
@@ -266,7 +266,7 @@ def update(model, optimizer, rollout, args, engine, loss=grpo_loss):
     Returns this rank's statistics and loss, and the gradient's norm.
     """
     params = optimizer.param_groups[0]["params"]
-    [tokens] = ranks.total(int(rollout.mask.sum()))  # of all ranks: N ranks must do what one does
+    [tokens] = ranks.total(int(rollout.mask.sum()))  # of all ranks: N do what one does
     denominator = max(tokens, 1)
     index = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
 

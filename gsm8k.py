@@ -69,7 +69,7 @@ def extract_answer(text, strict=True):
 
 
 def score(text, problem):
-    """{"strict", "lenient", "format": 1.0 or 0.0} of a response to a problem that load() gave."""
+    """{"strict", "lenient", "format": 1.0 or 0.0} of a response."""
     if problem["boxed"]:
         answer = boxed(text)
         strict = answer is not None and same(answer, problem["answer"])

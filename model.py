@@ -140,7 +140,7 @@ class Attention(nn.Module):
         # grouped queries: the H / KV query heads that read one key head become its rows, n T in all
         n = q.shape[1] // k.shape[1]
         q = q.reshape(B, -1, n * T, self.head_dim)  # (B, KV, n T, D)
-        # not is_causal=True: with a cache torch aligns that triangle to the top left, a silent bug
+        # not is_causal=True: with a cache torch aligns that triangle to the top left
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, n, 1))
         y = y.view(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # How many ids the tokenizer has. Qwen2.5's table is wider (151,936 rows for 151,665 ids),
-        # and a row without a token must never be sampled: train.py sets the true number.
+        # How many ids the tokenizer has: Qwen2.5's table has 151,936 rows for 151,665, and a row
+        # without a token must never be sampled. train.py sets it.
         self.vocab = config.vocab_size
         # from_pretrained(empty): nn.Embedding's initialiser takes seconds on the meta device
         table = torch.empty(config.vocab_size, config.hidden_size)

@@ -22,7 +22,7 @@ With S left of R, right of it, on both sides, entry (i, j) of R is weighted by s
 sqrt(s_i s_j): no learning rate undoes that.
 
 LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i the r^2 unit matrices and no
-1/sqrt(u), so v IS R. All the rest is the same code.
+1/sqrt(u), so v IS R.
 
 THE FILE. An adapter is a safetensors file of one tensor, v (13 numbers: 52 bytes in fp32, 26 in
 bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from numpy's
@@ -167,6 +167,8 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     method: or "lora-xs", whose sizes follow from the rank. svd: the solver, or fast/lanczos.py's.
     model.adapter gets the settings for the file. InputError: no such plan, or a damaged weight.
     """
+    if hasattr(model, "adapter"):
+        raise ValueError("this model carries an adapter already")
     c = model.config
     fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
     if not 1 <= rank <= fits:
@@ -201,7 +203,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
 
 
 def save(path, v, model, dtype="fp32", name=""):
-    """Write v alone, as `dtype`; in the header, model.adapter and the base model's name, a hint."""
+    """Write v as `dtype`; in the header, model.adapter and the base model's name, a hint."""
     metadata = {"format": "tinylora", "version": VERSION, "model": name}
     metadata |= {key: str(value) for key, value in model.adapter.items()}
     flat = v.detach().flatten().to("cpu", DTYPES[dtype])

@@ -170,10 +170,10 @@ def seconds(text):
     previous = signal.signal(signal.SIGALRM, give_up)  # a hang must end, and be reported
     signal.setitimer(signal.ITIMER_REAL, 2)
     try:
-        start = time.perf_counter()
+        start = time.thread_time()
         boxed(text)
         same(text, "5")
-        return time.perf_counter() - start
+        return time.thread_time() - start
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -243,7 +243,7 @@ def read_golds(name):
 @needs_assets
 @pytest.mark.skipif(not importlib.util.find_spec("math_verify"),
                     reason="needs math-verify (requirements-dev.txt)")
-def test_agreement_with_math_verify():
+def test_agreement_with_math_verify(monkeypatch):
     """On MATH500's gold answers, respelt and spoilt: at least 99% of the verdicts agree.
 
     Answers with a full stop are left out, math-verify cannot read them. Of the spoilt answers
@@ -252,6 +252,7 @@ def test_agreement_with_math_verify():
     path = ROOT / "bench" / "boxed_agreement.py"
     spec = importlib.util.spec_from_file_location("boxed_agreement", path)
     bench = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(path.parent)  # it imports its neighbour
     spec.loader.exec_module(bench)
     bench.same = same
     judged = bench.measure(read_golds("math500"))

@@ -81,7 +81,7 @@ def test_a_run_is_the_recipe(name, engine, wanted, data, toy, tmp_path):
             assert row[key] == pytest.approx(x, rel=tolerance, abs=1e-5), (row["step"], key)
         assert row["gap"] < 1e-5
     learned = load_file(out / "adapter.safetensors")["v"].float()
-    torch.testing.assert_close(learned, v, rtol=0, atol=1e-5)
+    torch.testing.assert_close(learned, v, rtol=0, atol=1e-4)  # lr is 0.1
 
     samples = [(s["step"], s["sampled"], s["response"]) for s in rows(out / "samples.jsonl")]
     for step, evaluations in ((0, before), (3, after)):
