@@ -61,7 +61,7 @@ class Rollout:
                              f"prompt for its group")
 
     def rows(self, index):
-        """Some rows (a list of numbers), cut to their longest response."""
+        """Some rows (a list), cut to their longest response."""
         at = torch.tensor(index, device=self.ids.device)
         width = int(self.mask[at].sum(1).max())
         chosen = {name: x[at] for name, x in vars(self).items() if torch.is_tensor(x)}

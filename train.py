@@ -129,7 +129,7 @@ def score(run, rollout, problems):
 
 
 def evaluate(run, problems, label, step, sampled=False):
-    """Fixed problems, greedy or at T = 1 with fixed noise -> {score name or "length": mean}."""
+    """Fixed problems, greedy or at T = 1 with fixed noise -> {score or "length": mean}."""
     start = time.time()
     label = f"{label} at T = 1" if sampled else f"{label}, greedy"
     numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's, in order
@@ -180,7 +180,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
     began = time.time() - state["seconds"]  # as if the run had never stopped
     for step in range(state["step"], args.steps):
         start = time.time()
-        # 1. some problems
+        # 1. problems
         positions, numbers = pick(step, len(train_problems), args)
         problems = [train_problems[i] for i in numbers]
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
@@ -254,8 +254,7 @@ def work(args):
         if chat.vocab > model.vocab:
             raise InputError(f"{folder}: {chat.vocab} token ids, a table of {model.vocab} rows")
         model.vocab = chat.vocab
-        if args.engine == "fast":
-            choose_threads(model, args.device)
+        choose_threads(model, args.device)
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)
         params = adapt(model, args, engine) if args.adapter or not args.eval_only else []

@@ -28,6 +28,7 @@ LAST = [f"{RECIPE}::test_the_last_state_is_saved"]
 AGREE = [f"{RECIPE}::test_ranks_that_differ_end_the_run",
          f"{RECIPE}::test_ranks_that_resume_from_different_steps_end"]
 SEARCH = [f"{RECIPE}::test_noise_of_a_search_never_repeats"]
+SHUFFLE = "RandomState([2, args.seed, position // total, 0])"
 CLAMP = "clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)"
 HIGH = "too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)"
 KEEP = "reference = [p.detach().clone() for p in params] if args.kl > 0 else None"
@@ -73,9 +74,9 @@ MUTANTS = [
      "weight_decay=0.0", "weight_decay=0.01", DEFAULTS),
     ("betas 0.9, 0.95", "train.py", "betas=(0.9, 0.999)", "betas=(0.9, 0.95)", RUN),
     ("every epoch shuffled alike", "train.py",
-     "RandomState([2, args.seed, epoch, 0])", "RandomState([2, args.seed, 0, 0])", RUN),
+     SHUFFLE, SHUFFLE.replace("position // total", "0"), RUN),
     ("every seed shuffles alike", "train.py",
-     "RandomState([2, args.seed, epoch, 0])", "RandomState([2, 0, epoch, 0])", RUN),
+     SHUFFLE, SHUFFLE.replace("args.seed", "0"), RUN),
     ("one epoch by default", "support/flags.py",
      "3 * len(train_rows) // args.prompts", "len(train_rows) // args.prompts", RUN),
     ("kl=0 given to the update", "grpo.py",
