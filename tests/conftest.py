@@ -14,8 +14,12 @@ for folder in (Path(__file__).parent, Path(__file__).parent.parent):
         sys.path.insert(0, str(folder))
 
 import pytest
+import torch
 
 from helpers import ASSETS
+
+# Most products here are small: more threads gain little, and wait long where a core is busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["qwen", "llama"])

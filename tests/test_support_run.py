@@ -226,7 +226,7 @@ def test_the_end_of_a_run(tmp_path, capsys):
                            reward="strict", model="toy", data="my data", adapter=None,
                            v_dtype="bf16", eval_count=None, max_new_tokens=24, dtype="fp32",
                            system=None)
-    run = SimpleNamespace(args=args, scores=SCORES)
+    run = SimpleNamespace(args=args, score_names=SCORES)
     base = [result(0.1, 0.2, 0.3), result(0.4, 0.5, 0.6)]
     done = {"tokens": 1234, "seconds": 7.0, "base": base}
     report.write_summary(run, [torch.zeros(13, 1)], tmp_path / "adapter.safetensors", done,

@@ -123,15 +123,15 @@ def test_a_stopped_run_keeps_what_it_has(number, code, tmp_path):
 # ------------------------------------------------------------------------------------------- disks
 
 def test_a_full_disk_ends_in_one_line(tmp_path):
-    """No file may grow past 4.5 kB, as on a full disk: the message names the file, rows of the log
+    """No file may grow past 6 kB, as on a full disk: the message names the file, rows of the log
     are whole, the adapter is kept."""
     out = tmp_path / "run"
     process = start(*TINY_RUN, "--steps", "100", "--out", str(out), preexec_fn=lambda: (
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4500, 4500))))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.startswith("error: ") and "log.jsonl" in errors
     assert errors.strip().count("\n") == 0
-    assert len(read_rows(out / "log.jsonl")) > 3 and not list(out.glob("*.tmp*"))
+    assert len(read_rows(out / "log.jsonl")) > 5 and not list(out.glob("*.tmp*"))
     assert tinylora.read(out / "adapter.safetensors")[0].numel() == 13
 
 
