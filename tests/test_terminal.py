@@ -126,7 +126,8 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
     """No file may grow past 6 kB, as on a full disk: the message names the file, rows of the log
     are whole, the adapter is kept."""
     out = tmp_path / "run"
-    process = start(*TINY_RUN, "--steps", "100", "--out", str(out), preexec_fn=lambda: (
+    flags = ["--samples", "1", "--steps", "100", "--out", str(out)]  # so that log.jsonl fills first
+    process = start(*TINY_RUN, *flags, preexec_fn=lambda: (
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and errors.startswith("error: ") and "log.jsonl" in errors
