@@ -256,12 +256,12 @@ def test_agreement_with_math_verify(monkeypatch):
     spec.loader.exec_module(bench)
     bench.same = same
     judged = bench.measure(read_golds("math500"))
-    counted = [row for row in judged if row[0] != "trailing dot"]
-    agree = sum(ours == theirs for *_, ours, theirs in counted)
+    counted = [pair for pair in judged if pair.kind != bench.UNREADABLE]
+    agree = sum(pair.ours == pair.theirs for pair in counted)
     assert len(counted) > 5000 and agree / len(counted) >= 0.99
-    respelt = [row for row in judged if row[0] in bench.RIGHT]
-    assert sum(ours for *_, ours, _ in respelt) / len(respelt) >= 0.99
-    paid = [(gold, answer) for kind, gold, answer, ours, _ in judged
-            if kind in bench.WRONG and ours and gold != answer]
+    respelt = [pair for pair in judged if pair.kind in bench.RIGHT]
+    assert sum(pair.ours for pair in respelt) / len(respelt) >= 0.99
+    paid = [(pair.gold, pair.answer) for pair in judged
+            if pair.kind in bench.WRONG and pair.ours and pair.gold != pair.answer]
     for pair in paid:
         assert {text.replace("^\\circ", "") for text in pair} == {"90"}, paid
