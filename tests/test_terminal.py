@@ -71,6 +71,9 @@ def test_the_live_line(tmp_path):
     """On a terminal the line moves within one chunk of rows, shows the time left, fits 80 columns
     and leaves nothing behind. In a pipe: the same other lines, and no live line at all."""
     env = os.environ | {"TQDM_MININTERVAL": "0"}
+    command = [sys.executable, "train.py", *TINY_RUN, "--out", str(tmp_path / "2")]
+    piped = subprocess.Popen(command, text=True, cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
     text = run_on_a_terminal(*TINY_RUN, "--out", str(tmp_path / "1"), env=env)
     before_step_1 = text[:text.index("step   1")]
     for label, rows in (("evaluation, greedy", 8), ("evaluation at T = 1", 8), ("step 1", 16)):
@@ -82,12 +85,11 @@ def test_the_live_line(tmp_path):
         assert set(tokens) >= {4, 8, 12, 16} and max(done) <= rows
         assert percent == sorted(percent) and max(percent) > min(percent)
     assert max(len(frame) for frame in re.split("[\r\n]", text) if "%|" in frame) <= 80
-    command = [sys.executable, "train.py", *TINY_RUN, "--out", str(tmp_path / "2")]
-    piped = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    assert piped.returncode == 0 and piped.stderr == ""
-    assert not re.search("[\r\x1b]|%\\|", piped.stdout)
+    output, errors = piped.communicate()
+    assert piped.returncode == 0 and errors == ""
+    assert not re.search("[\r\x1b]|%\\|", output)
     lines = without_numbers(shown(text))
-    assert lines == without_numbers(piped.stdout.split("\n")) and len(lines) > 10
+    assert lines == without_numbers(output.split("\n")) and len(lines) > 10
 
 
 def test_a_pipe_gets_a_plain_line_now_and_then(tmp_path, capsys, monkeypatch):
@@ -101,23 +103,27 @@ def test_a_pipe_gets_a_plain_line_now_and_then(tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- signals
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_keeps_what_it_has(number, code, tmp_path):
+def test_a_stopped_run_keeps_what_it_has(tmp_path):
     """Ctrl-C, and a cluster's way of stopping a job: no traceback; adapter, log and state so far
     are there; the last line is the command that goes on."""
-    out = tmp_path / "run"
-    process = start("--steps", "1000", "--prompts", "4", "--group", "4", "--eval-count", "2",
-                    "--eval-every", "0", "--reward", "format", "--out", str(out))
-    for line in process.stdout:
-        if line.startswith("step   3"):
-            break
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in errors and "interrupted" in errors
-    assert errors.strip().endswith(f"python train.py --resume {out}")
-    assert len(read_rows(out / "log.jsonl")) >= 3 and list(out.glob("state-*.safetensors"))
-    v, _ = tinylora.read(out / "adapter.safetensors")
-    assert v.numel() == 13 and v.abs().max() > 0
+    runs = []
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        out = tmp_path / str(code)
+        process = start("--steps", "1000", "--prompts", "4", "--group", "4", "--eval-count", "2",
+                        "--eval-every", "0", "--reward", "format", "--out", str(out))
+        runs.append((process, number, code, out))
+    for process, number, code, out in runs:
+        for line in process.stdout:
+            if line.startswith("step   3"):
+                break
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in errors
+        assert "interrupted" in errors
+        assert errors.strip().endswith(f"python train.py --resume {out}")
+        assert len(read_rows(out / "log.jsonl")) >= 3 and list(out.glob("state-*.safetensors"))
+        v, _ = tinylora.read(out / "adapter.safetensors")
+        assert v.numel() == 13 and v.abs().max() > 0
 
 
 # ------------------------------------------------------------------------------------------- disks

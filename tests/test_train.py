@@ -178,14 +178,17 @@ def test_silly_flags_end_in_one_line(flags, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["system", "out", "instruction"])
-def test_bytes_that_are_no_text(name, tmp_path):
+def test_bytes_that_are_no_text(tmp_path):
     """A UnicodeEncodeError long after the start."""
-    out = [] if name == "out" else ["--out", str(tmp_path / "out")]
-    command = [sys.executable, "train.py", "--eval-only", f"--{name}", b"\xff\xfe", *out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: ")
-    assert done.stderr.count(b"\n") == 1
+    runs = []
+    for name in ("system", "out", "instruction"):
+        out = [] if name == "out" else ["--out", str(tmp_path / "out")]
+        command = [sys.executable, "train.py", "--eval-only", f"--{name}", b"\xff\xfe", *out]
+        runs.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+    for process in runs:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2 and errors.startswith(b"error: ")
+        assert errors.count(b"\n") == 1
 
 
 def test_the_old_command_says_where_it_went():

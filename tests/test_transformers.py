@@ -102,8 +102,8 @@ def test_rmsnorm_rounds_where_transformers_does():
 @needs_assets
 @torch.no_grad()
 def test_real_weights_give_the_same_logits_and_text(smollm2):
-    """SmolLM2-135M-Instruct in both layouts, 3 GSM8K questions, both engines: logits to 1e-5 of
-    the largest, and the same 48 greedy tokens."""
+    """SmolLM2-135M-Instruct in both layouts, 3 GSM8K questions: logits to 1e-5 of the largest,
+    and the same 48 greedy tokens (test_recorded.py has both engines)."""
     _, folder = smollm2
     model = transformer.load(folder)
     chat = Chat(folder)
@@ -112,7 +112,6 @@ def test_real_weights_give_the_same_logits_and_text(smollm2):
     rows = gsm8k.read_problems(ASSETS / "gsm8k" / "test.jsonl")[:3]
     prompts = [chat.prompt(gsm8k.prompt(row)) for row in rows]
     data = fast.generate(model, prompts, 1, 48, chat.stop_ids, 0.0)
-    plain = grpo.generate(model, prompts[:1], 1, 24, chat.stop_ids, 0.0)
     for i, prompt in enumerate(prompts):
         got = data.ids[i][data.mask[i]].tolist()
         whole = torch.tensor([prompt + got])
@@ -121,9 +120,8 @@ def test_real_weights_give_the_same_logits_and_text(smollm2):
         # greedy decoding by their logits, all positions at once
         assert want[len(prompt) - 1:-1].argmax(-1).tolist() == got
         assert len(got) == 48 or got[-1] in chat.stop_ids
-    first = data.ids[0][data.mask[0]].tolist()[:24]
-    assert plain.ids[0][plain.mask[0]].tolist() == first
-    text = reference.generate(torch.tensor(prompts[:1]), max_new_tokens=24, do_sample=False,
+    first = data.ids[0][data.mask[0]].tolist()[:12]  # and once by their own generate
+    text = reference.generate(torch.tensor(prompts[:1]), max_new_tokens=12, do_sample=False,
                               eos_token_id=sorted(chat.stop_ids), pad_token_id=0)
     assert text[0, len(prompts[0]):].tolist() == first
 
