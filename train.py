@@ -194,8 +194,6 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
             _, scores = score(run, rollout, problems)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
             rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
-            if args.kl > 0:
-                rollout.ref_logp = reference_logprobs(run, rollout, params, reference)
             loss = grpo.grpo_loss
         elif args.algo == "sft":
             from methods import sft
@@ -212,9 +210,11 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
             updates = []
             for rate, batch in zip(rates, rollout.split(args.minibatches)):
                 optimizer.param_groups[0]["lr"] = rate
+                if args.kl > 0:
+                    batch.ref_logp = reference_logprobs(run, batch, params, reference)
                 updates.append(grpo.update(run.model, optimizer, batch, args, run.engine, loss))
 
-        # 4. what happened
+        # 4. the log
         row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
         ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:

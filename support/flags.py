@@ -240,6 +240,8 @@ def resumed_settings(given, rows, cli):
     if given.get("steps", settings["steps"]) < (settings["steps"] or 0):
         raise InputError(f"--steps {given['steps']}: the run in {folder} has {settings['steps']} "
                          f"steps already; give more")
+    if given.get("steps") and settings["steps"]:  # as many warm-up updates as when it began
+        settings["warmup"] *= settings["steps"] / given["steps"]
     return settings | given | {"out": folder}
 
 

@@ -1,5 +1,6 @@
 """Small things that are done with a list of trained tensors."""
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -22,12 +23,24 @@ def total_norm(params):
     return sum(p.detach().double().square().sum().item() for p in params) ** 0.5
 
 
-@torch.no_grad()
-def reference_logprobs(run, rollout, params, reference):
-    """(B, T) log-probs of a rollout under the policy that training started from, for --kl."""
-    logp = torch.zeros_like(rollout.logp)
+def reference_logprobs(run, batch, params, reference):
+    """(B, T) log-probs of a mini-batch under the policy that training started from, for --kl.
+
+    They are computed in the very micro-batches of grpo.update, so while the policy is still the
+    reference they are equal to the last bit. Else rounding would leave a gradient, and Adam would
+    make a whole step of it.
+    """
+    logp = torch.zeros_like(batch.logp)
+    numbers = torch.arange(len(logp), device=logp.device)
+    numbered = replace(batch, advantage=numbers)  # so that a micro-batch knows its rows
+
+    def part(some):
+        with torch.no_grad():  # here: the fast engine's threads do not see it from outside
+            width = some.ids.shape[1]
+            logp[some.advantage, :width] = run.engine.logprobs(run.model, some)
+        return []
+
     with with_values(params, reference):
-        for i in range(len(rollout.prompts)):  # row by row: as much memory as one row needs
-            row = rollout.rows([i])
-            logp[i, :row.ids.shape[1]] = run.engine.logprobs(run.model, row)[0]
+        budget = run.args.tokens_per_micro_batch
+        run.engine.accumulate(part, numbered, numbers.tolist(), budget)
     return logp

@@ -90,7 +90,8 @@ def record(settings, args, out):
     before = {}
     if args.resume:
         before = compare(settings, out)
-        settings |= before | {"steps": args.steps}  # a finished run may get more steps
+        # a finished run may get more steps, which leave its warm-up as long as it was
+        settings |= before | {"steps": args.steps, "warmup": args.warmup}
     if settings != before and not ranks.RANK:
         write_json(path, settings)
     return settings

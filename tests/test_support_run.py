@@ -168,7 +168,8 @@ def test_what_a_run_depends_on_must_not_change(tmp_path, capsys):
 
 def test_the_settings_of_a_run_stay(tmp_path):
     """config.json rewritten by --resume; more steps not written down; the fingerprint missing."""
-    args = SimpleNamespace(data="D", model="M", resume=None, steps=5, device="cpu", prompts=4)
+    args = SimpleNamespace(data="D", model="M", resume=None, steps=5, warmup=0.05,
+                           device="cpu", prompts=4)
     chat = SimpleNamespace(fingerprint=lambda: "f")
     model = SimpleNamespace(adapter={"rank": 2})
 

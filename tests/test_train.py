@@ -196,3 +196,29 @@ def test_the_old_command_says_where_it_went():
     done = subprocess.run([sys.executable, "tinylora.py", "show", "x"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode and done.stderr.count("\n") == 1 and "tools.export" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_kl_alone_does_not_move_v_from_the_reference(engine, tmp_path):
+    """Without a signal the KL to the policy itself is 0, and so is its gradient: exactly, because
+    Adam makes a whole step of any rounding noise."""
+    flags = ["--kl", "0.01", "--minibatches", "2", "--max-new-tokens", "4", "--steps", "2"]
+    flags += ["--prompts", "6", "--group", "3", "--eval-count", "2", "--engine", engine]
+    flags += ["--tokens-per-micro-batch", "300"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    rows = read_rows(tmp_path / "run" / "log.jsonl")
+    assert [(row["signal"], row["v_norm"], row["kl"]) for row in rows] == [(0, 0, 0)] * 2
+
+
+def test_more_steps_leave_the_warm_up_as_it_was(tmp_path):
+    """The warm-up is a share of all updates: with more steps the rate would fall and rise again."""
+    flags = ["--steps", "20", "--warmup", "0.5", "--prompts", "4", "--minibatches", "2"]
+    before = train.flags([*flags, "--lr", "0.1", "--out", str(tmp_path / "run")])
+    settings = {name: x for name, x in vars(before).items() if name != "resume"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    after = train.flags(["--resume", str(tmp_path / "run"), "--steps", "200"])
+    assert after.steps == 200
+    for update in range(40):
+        rate = train.learning_rate(update, before)
+        assert train.learning_rate(update, after) == pytest.approx(rate), update
