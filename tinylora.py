@@ -65,7 +65,8 @@ def truncated_svd(W, rank):
     largest = W.abs().max()
     if not largest.isfinite():
         raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
-    scale = largest if largest > 0 else torch.ones_like(largest)  # LAPACK fails near fp32's limits
+    # LAPACK fails near fp32's limits; a power of two rounds nothing
+    scale = torch.exp2(torch.frexp(largest).exponent - 1.0)
     U, S, Vt = torch.linalg.svd(W / scale, full_matrices=False)
     U = U[:, :rank]
     sign = torch.where(U.double().sum(0) < 0, -1.0, 1.0).to(W)  # (rank,)

@@ -23,7 +23,6 @@ import tinylora
 from support import program, ranks, report, resume
 from support.chat_format import Chat
 from support.data import load_task
-from support.errors import InputError
 from support.files import make_folder
 from support.flags import count, fraction, natural, nonnegative, parse, positive, seed, settle
 from support.hub import find_model
@@ -81,11 +80,9 @@ def pick(step, total, args):
     for k in range(args.minibatches):
         first = step * args.prompts + k * per_batch
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
-    chosen = []
-    for position in positions:
-        order = np.random.RandomState([2, args.seed, position // total, 0]).permutation(total)
-        chosen.append(int(order[position % total]))
-    return positions, chosen
+    orders = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(total)
+              for epoch in {position // total for position in positions}}
+    return positions, [int(orders[p // total][p % total]) for p in positions]
 
 
 def learning_rate(update, args):
@@ -225,7 +222,9 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
                   "seconds": time.time() - began}
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             resume.save(out, state, params, optimizer, reference)
-    return [evaluate(run, test_problems, "evaluation", args.steps, mode) for mode in SAMPLED]
+    final = [evaluate(run, test_problems, "evaluation", args.steps, mode) for mode in SAMPLED]
+    state["seconds"] = time.time() - began
+    return final
 
 
 def work(args):
@@ -251,9 +250,7 @@ def work(args):
         folder = find_model(args.model)
         chat = Chat(folder)
         model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-        if chat.vocab > model.vocab:
-            raise InputError(f"{folder}: {chat.vocab} token ids, a table of {model.vocab} rows")
-        model.vocab = chat.vocab
+        chat.limit_vocab(model)
         choose_threads(model, args.device)
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)

@@ -8,8 +8,6 @@
 It adds nothing to the model and changes nothing in it. train.py uses this module as the `engine`
 unless --engine plain is given, and calls check first.
 """
-from contextlib import contextmanager
-
 import torch
 import torch.nn as nn
 
@@ -20,6 +18,7 @@ from fast.lanczos import svd
 from fast.sampling import generate
 from fast.training import accumulate, logprobs
 from support.errors import InputError
+from support.params import with_values
 from tinylora import TARGETS, TinyLoRALinear
 
 TOKENS = 6  # a response of the check
@@ -28,24 +27,12 @@ TOKENS = 6  # a response of the check
 MEAN_IN_16_BITS = 0.2
 
 
-@contextmanager
 def nonzero_adapters(model):
     """Inside the block the trained numbers of all adapters are a little off where they are."""
-    params = {}
-    for module in adapted(model):
-        base = {id(p) for p in module.base.parameters()} if hasattr(module, "base") else {}
-        params |= {id(p): p for p in module.parameters() if p.requires_grad and id(p) not in base}
-    kept = [p.detach().clone() for p in params.values()]
+    params = [p for p in model.parameters() if p.requires_grad] if adapted(model) else []
     random = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for p in params.values():
-                p += 0.01 * torch.randn(p.shape, generator=random).to(p)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, old in zip(params.values(), kept):
-                p.copy_(old)
+    values = [p.detach() + 0.01 * torch.randn(p.shape, generator=random).to(p) for p in params]
+    return with_values(params, values)
 
 
 def adapted(model):

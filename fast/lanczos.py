@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+import tinylora
 from support import threads
 from support.errors import InputError
 
@@ -34,20 +35,19 @@ def truncated_svd(W, rank, tol=TOLERANCE):
     so small that the basis would fill the space. InputError: W holds NaN or infinity.
     """
     m, n = W.shape
-    if W.is_meta:  # shapes are enough to count the trainable numbers of a 7B model
-        return W.new_empty(m, rank), W.new_empty(rank), W.new_empty(n, rank), 0.0
-    W = W.float()
-    if not W.sum().isfinite():
-        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
     A = W if n <= m else W.T  # iterate on the shorter side: A (long, short)
-    found = lanczos(A, rank, tol) if A.shape[1] >= 16 * (rank + EXTRA) else None
+    found = None
+    if A.shape[1] >= 16 * (rank + EXTRA) and not W.is_meta:
+        A = A.float()
+        if not A.sum().isfinite():
+            raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
+        found = lanczos(A, rank, tol)
     if found is not None:
         S, right, residual = found
         left = A @ right / S
     else:
-        left, S, right = torch.linalg.svd(A, full_matrices=False)
-        left, S, right, residual = left[:, :rank], S[:rank], right[:rank].T, 0.0
-    U, V = (left, right) if A is W else (right, left)
+        left, S, right, residual = tinylora.truncated_svd(A, rank)
+    U, V = (left, right) if n <= m else (right, left)
     sign = torch.where(U.double().sum(0) < 0, -1.0, 1.0).to(W)  # the rule for signs
     return U * sign, S, V * sign, residual
 

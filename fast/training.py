@@ -94,19 +94,19 @@ def side_by_side(function, items):
 fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run
 
 
-def accumulate(share, rollout, rows, tokens):
+def accumulate(part, rollout, index, budget):
     """As grpo.accumulate. When memory runs out, it begins anew with micro-batches half as large."""
     global fitting
     while True:
-        batches = list(micro_batches(rollout, rows, min(tokens, fitting)))
+        batches = list(micro_batches(rollout, index, min(budget, fitting)))
         total = None
         try:
-            for parts in side_by_side(lambda batch: share(rollout.rows(batch)), batches):
+            for parts in side_by_side(lambda batch: part(rollout.rows(batch)), batches):
                 total = parts if total is None else [x + y for x, y in zip(total, parts)]
             return total
         except torch.OutOfMemoryError:
             if all(len(batch) == 1 for batch in batches):
                 raise
         # outside the except block, which holds on to the tensors of the pass that failed
-        fitting = min(tokens, fitting) // 2
+        fitting = min(budget, fitting) // 2
         torch.cuda.empty_cache()

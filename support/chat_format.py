@@ -132,6 +132,13 @@ class Chat:
                              f"not {tuple(ids.shape)} and {tuple(mask.shape)}")
         return self._call(self.tokenizer.decode, ids[mask].tolist(), skip_special_tokens=True)
 
+    def limit_vocab(self, model):
+        """Cut the model's logits to the ids that the tokenizer has; InputError if it has more."""
+        if self.vocab > model.vocab:
+            raise InputError(f"{self.folder}: the tokenizer has {self.vocab} token ids, the "
+                             f"model's table only {model.vocab} rows")
+        model.vocab = self.vocab
+
     def fingerprint(self):
         """A sha256 of all that the prompts' token ids and the ends of responses depend on."""
         parts = [self.template, self.tokenizer_hash, self.special, sorted(self.stop_ids)]

@@ -116,7 +116,7 @@ def parse(argv, description, recipe, rates):
     cli = parser(description, recipe)
     rows = {name: (default, kind) for name, default, kind, _ in [*recipe, *PROGRAM]}
     words = sys.argv[1:] if argv is None else argv
-    given = {name.replace("_", "-"): x for name, x in vars(cli.parse_args(words)).items()}
+    given = typed(cli, words)
     defaults = {name: default for name, (default, _) in rows.items()}
     if "resume" in given:
         settings = resumed_settings(given, rows, cli)
@@ -127,8 +127,6 @@ def parse(argv, description, recipe, rates):
         settings = defaults | given
         settings["method"] = method_of(settings, given)
         brought = folder_defaults(settings, rows, cli)
-        if brought.get("params") and ("n-tie" in given or "u" in given):
-            brought.pop("params")
         settings = defaults | brought | given | {"method": settings["method"]}
     args = argparse.Namespace(**{name.replace("-", "_"): x for name, x in settings.items()})
     args.device = ranks.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -140,6 +138,14 @@ def parse(argv, description, recipe, rates):
     args.save_every = args.save_every or (20 if args.method == "full" else 1)
     args.tokens_per_micro_batch = args.tokens_per_micro_batch or (65536 if on_cuda else 2048)
     return args
+
+
+def typed(cli, words, path=None):
+    """{flag: value} of a command line, or of the file that was turned into one."""
+    try:
+        return {name.replace("_", "-"): x for name, x in vars(cli.parse_args(words)).items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}" if path else str(error)) from None
 
 
 def check_given(given):
@@ -206,10 +212,7 @@ def folder_defaults(settings, rows, cli):
                 raise InputError(f"{path}: data {value!r} is not inside the model's folder")
             value = str(path.parent / value)
         words += as_words(name, value)
-    try:
-        return {n.replace("_", "-"): x for n, x in vars(cli.parse_args(words)).items()}
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return typed(cli, words, path)
 
 
 def as_words(name, value):
@@ -226,17 +229,14 @@ def resumed_settings(given, rows, cli):
     if beside:
         raise InputError(f"--resume goes on with the run's settings: leave out "
                          f"{' '.join('--' + name for name in beside)}")
-    config = read_json(Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    config = read_json(path)
     if config.get("eval_only"):
         raise InputError(f"--resume {folder}: was an evaluation; start it anew")
     words = []
     for name in rows:
         words += as_words(name, config.get(name.replace("-", "_")))
-    try:
-        own = {n.replace("_", "-"): x for n, x in vars(cli.parse_args(words)).items()}
-    except InputError as error:
-        raise InputError(f"{Path(folder) / 'config.json'}: {error}") from None
-    settings = {name: default for name, (default, _) in rows.items()} | own
+    settings = {name: default for name, (default, _) in rows.items()} | typed(cli, words, path)
     if given.get("steps", settings["steps"]) < (settings["steps"] or 0):
         raise InputError(f"--steps {given['steps']}: the run in {folder} has {settings['steps']} "
                          f"steps already; give more")
@@ -275,9 +275,7 @@ def check(args, given):
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         raise InputError(f"--device {args.device}: use cpu, cuda or cuda:N")
     for name in ("system", "instruction", "out", "model", "data"):
-        value = getattr(args, name)
-        if value is not None and not value.isascii():
-            check_text(name, value)
+        check_text(name, getattr(args, name) or "")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:

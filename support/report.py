@@ -162,9 +162,8 @@ def write_samples(run, rows, texts, step, sampled):
     append_jsonl(Path(args.out) / "samples.jsonl", samples)
 
 
-def print_evaluation(label, result, count, seconds, scores=None):
+def print_evaluation(label, result, count, seconds, scores):
     """One line for an evaluation. result: the mean of each score and of "length"."""
-    scores = scores or [name for name in result if name != "length"]
     cells = [f"{score} {with_error(result[score], count)}" for score in scores]
     print(f"{label}: {'  '.join(cells)}  ({count} problems, {result['length']:.0f} tokens each, "
           f"{seconds:.1f} s)", flush=True)
@@ -245,18 +244,16 @@ def write_evaluation(run, results, count, began):
     write_json(Path(args.out) / "summary.json", summary)
 
 
-def write_summary(run, params, saved, done, final, count, seconds=None):
+def write_summary(run, params, saved, done, final, count):
     """The end of a run: the final table, summary.json, and the command that evaluates again.
 
-    final: the last results (greedy, sampled); seconds: the whole run's, or else until the last
-    step.
+    final: the last results (greedy, sampled).
     """
     args = run.args
-    seconds = done["seconds"] if seconds is None else seconds
     total = sum(p.numel() for p in params)
     size = total * BYTES[args.v_dtype]
     summary = {"params": total, "adapter_bytes": size, "eval_count": count, "steps": args.steps,
-               "tokens": done["tokens"], "seconds": seconds, "seed": args.seed,
+               "tokens": done["tokens"], "seconds": done["seconds"], "seed": args.seed,
                "method": args.method, "algo": args.algo, "reward": args.reward,
                "model": args.model, "data": args.data, "adapter": args.adapter}
     before = summary_scores(done["base"], run.score_names, "base_")
@@ -268,7 +265,7 @@ def write_summary(run, params, saved, done, final, count, seconds=None):
     hints.print_silence(Path(args.out), args)
     hints.print_slowness(Path(args.out), total_norm(params) / total ** 0.5, args)
     verb = "learned from" if args.algo == "sft" else "sampled"
-    print_totals(total, size, args.v_dtype, done["tokens"], verb, seconds)
+    print_totals(total, size, args.v_dtype, done["tokens"], verb, done["seconds"])
     print_next(args, saved)
 
 

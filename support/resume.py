@@ -71,14 +71,14 @@ def begin(args, out, problems):
     A new run writes them to config.json; a resumed one compares them with those there.
     """
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    settings |= {"torch": torch.__version__, "numpy": np.__version__,
-                 "threads": torch.get_num_threads(), "ranks": ranks.SIZE,
+    settings |= {"torch": torch.__version__, "numpy": np.__version__, "ranks": ranks.SIZE,
                  "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest()}
     return record(settings, args, out)
 
 
 def complete(settings, args, out, model, chat):
     """The same for what is known only when the model has been loaded."""
+    settings["threads"] = torch.get_num_threads()  # a small model has got one
     settings["trained"] = getattr(model, "adapter", None)
     settings["chat_format"] = chat.fingerprint()
     return record(settings, args, out)

@@ -28,7 +28,7 @@ LAST = [f"{RECIPE}::test_the_last_state_is_saved"]
 AGREE = [f"{RECIPE}::test_ranks_that_differ_end_the_run",
          f"{RECIPE}::test_ranks_that_resume_from_different_steps_end"]
 SEARCH = [f"{RECIPE}::test_noise_of_a_search_never_repeats"]
-SHUFFLE = "RandomState([2, args.seed, position // total, 0])"
+SHUFFLE = "RandomState([2, args.seed, epoch, 0])"
 CLAMP = "clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)"
 HIGH = "too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)"
 KEEP = "reference = [p.detach().clone() for p in params] if args.kl > 0 else None"
@@ -46,7 +46,7 @@ MUTANTS = [
     ("first evaluation on training problems", "train.py",
      "base = [evaluate(run, test_problems,", "base = [evaluate(run, train_problems,", RUN),
     ("last evaluation on training problems", "train.py",
-     "return [evaluate(run, test_problems,", "return [evaluate(run, train_problems,", RUN),
+     "final = [evaluate(run, test_problems,", "final = [evaluate(run, train_problems,", RUN),
     ("evaluation after a step on training problems", "train.py",
      "evaluate(run, test_problems, f", "evaluate(run, train_problems, f", RUN),
     ("evaluation sampled at the run's temperature", "train.py",

@@ -63,17 +63,17 @@ def start(*flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def stop_at(monkeypatch, update):
-    """Ctrl-C in the middle of this update, counted from now on."""
+def stop_at(monkeypatch, call, module=grpo, name="optimizer_step"):
+    """Ctrl-C in this call of a function, of an update if nothing else is said, from now on."""
     calls = []
-    step = grpo.optimizer_step
+    function = getattr(module, name)
 
     def stopping(*args):
         calls.append(1)
-        if len(calls) == update:
+        if len(calls) == call:
             raise KeyboardInterrupt
-        return step(*args)
-    monkeypatch.setattr(grpo, "optimizer_step", stopping)
+        return function(*args)
+    monkeypatch.setattr(module, name, stopping)
 
 
 @pytest.fixture(scope="module")
@@ -190,16 +190,8 @@ def test_stopped_in_an_evaluation(call, words, tmp_path, undisturbed, monkeypatc
     """In the first one: there is no state, so the run starts over. In the last: it is trained
     already and must not be trained again."""
     out = tmp_path / "run"
-    calls = []
-    evaluate = train.evaluate
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return evaluate(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", stopping)
+        stop_at(patch, call, train, "evaluate")
         assert train.main([*RUN, "--out", str(out)]) == 130
     assert f"--resume {out}" in capsys.readouterr().err
     assert train.main(["--resume", str(out)]) == 0

@@ -200,7 +200,7 @@ def test_the_lines_of_a_run(capsys):
     row = {"step": 3, "strict": 0.25, "lenient": 0.5, "format": 1.0, "signal": 0.469, "gap": None,
            "loss": 0.5, "length": 20.4, "lr": 0.05, "kl": 0.1}
     report.print_step(row, 50, SCORES)
-    report.print_evaluation("evaluation, greedy", result(0.5, 0.6, 1.0, 90.2), 100, 2.04)
+    report.print_evaluation("evaluation, greedy", result(0.5, 0.6, 1.0, 90.2), 100, 2.04, SCORES)
     report.print_settings({"model": "toy", "params": None, "resume": "x"})
     assert capsys.readouterr().out.splitlines() == [
         "step   3/50  strict 0.250  lenient 0.500  format 1.000  signal 0.47  loss 0.5000  "

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from helpers import ASSETS, ROOT, TINY_RUN, TOY, needs_assets, one_error, read_rows
 
 import train
-from support.flags import PROGRAM, parse
+from support import resume, threads
+from support.flags import PROGRAM
 
 
 def parsed(*flags):
-    return parse(["--out", "unused", *flags], train.__doc__, train.RECIPE, train.LR)
+    return train.flags(["--out", "unused", *flags])
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -222,3 +223,21 @@ def test_more_steps_leave_the_warm_up_as_it_was(tmp_path):
     for update in range(40):
         rate = train.learning_rate(update, before)
         assert train.learning_rate(update, after) == pytest.approx(rate), update
+
+
+def test_a_run_says_how_long_it_took_and_on_how_many_threads(tmp_path, monkeypatch):
+    """The last evaluation was left out of the seconds; config.json named torch's threads as they
+    were before a small model got one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "workers", threads.workers)  # put back at the end
+    before = torch.get_num_threads()
+    out = tmp_path / "run"
+    try:
+        torch.set_num_threads(2)
+        assert train.main([*TINY_RUN, "--steps", "1", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((out / "config.json").read_text())["threads"] == 1
+    states = [resume.read(out / name, out)[0] for name in resume.FILES]
+    last = max(states, key=lambda state: state["step"])["seconds"]
+    assert json.loads((out / "summary.json").read_text())["seconds"] > last

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from support.errors import InputError
 from support.files import read_json, replacing
-from support.report import with_error
+from support.report import main_score, with_error
 
 PEFT = """```python
 from peft import PeftModel
@@ -35,7 +35,7 @@ def scores_table(path):
     except InputError:
         return []
     names = [name.removeprefix("final_") for name in summary if name.startswith("final_")]
-    main = "strict" if "strict" in names else (names or [""])[0]
+    main = main_score(names) if names else ""
     count = summary.get("eval_count")
     lines = []
     for name in names:

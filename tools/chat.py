@@ -106,10 +106,7 @@ def converse(args):
     folder = find_model(args.model)
     chat = Chat(folder)
     model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-    if chat.vocab > model.vocab:
-        raise InputError(f"{folder}: the tokenizer has {chat.vocab} ids, the model's table "
-                         f"{model.vocab} rows")
-    model.vocab = chat.vocab
+    chat.limit_vocab(model)
     choose_threads(model, args.device)
     engine = importlib.import_module("fast") if args.engine == "fast" else grpo
     params = load_adapter(model, args, engine)

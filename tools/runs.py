@@ -3,6 +3,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import report
 from support.errors import InputError
 from support.files import read_json, read_jsonl
 
@@ -68,7 +69,7 @@ def settings_of(config):
 
 def points_of(config, rows, summary, scores):
     """{title of a panel: {step: value}}; panels without a point are left out."""
-    main = "strict" if "strict" in scores else (scores or [None])[0]
+    main = report.main_score(scores) if scores else None
     panels = {}
     for sampled, words in ((False, "greedy"), (True, "T = 1")):
         for name in scores:
@@ -76,12 +77,10 @@ def points_of(config, rows, summary, scores):
             points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
             if sampled and not points and name != main:
                 continue
-            key = name
-            if sampled:  # as in summary.json, see support/report.py
-                key = "sampled" if name == main else f"sampled_{name}"
             if summary:
-                points[0] = summary.get(f"base_{key}")
-                points[summary.get("steps", len(rows))] = summary.get(f"final_{key}")
+                ends = report.key(name, sampled, main)
+                points[0] = summary.get(f"base_{ends}")
+                points[summary.get("steps", len(rows))] = summary.get(f"final_{ends}")
                 points = {step: x for step, x in points.items() if x is not None}
             panels[panel(name, words)] = points
     reward = config.get("reward") or main
