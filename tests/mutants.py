@@ -74,7 +74,7 @@ MUTANTS = [
      "weight_decay=0.0", "weight_decay=0.01", DEFAULTS),
     ("betas 0.9, 0.95", "train.py", "betas=(0.9, 0.999)", "betas=(0.9, 0.95)", RUN),
     ("every epoch shuffled alike", "train.py",
-     SHUFFLE, SHUFFLE.replace("position // total", "0"), RUN),
+     SHUFFLE, SHUFFLE.replace("epoch", "0"), RUN),
     ("every seed shuffles alike", "train.py",
      SHUFFLE, SHUFFLE.replace("args.seed", "0"), RUN),
     ("one epoch by default", "support/flags.py",
