@@ -2,29 +2,29 @@
 (arXiv 2602.04118 and its authors' verl fork) in brackets.
 
  1. A step takes some problems [64] and samples a group of G responses to each [4], at a
-    temperature [1.0], from the full softmax: no top-k, no top-p. model.logits cuts off, for sampler
-    and trainer alike, the ids that the tokenizer does not have.
+    temperature [1.0], from the full softmax: no top-k, no top-p. model.logits drops, for both
+    sampler and trainer, the ids that the tokenizer lacks.
  2. Each prompt is prefilled once and its cache copied to the group. A response ends with the first
-    stop token, which is part of it: stopping is learned like any other token. One that is cut at
-    the limit counts like any other.
+    stop token (see Chat), which is part of it: stopping is learned like any other token. One that
+    is cut at the limit counts like any other.
  3. Randomness is one uniform number per row and token, given by the caller (a numpy RandomState per
     row) and turned into a token through the inverse CDF: a row's text depends, up to rounding,
     neither on what shares its batch nor on the machine.
- 4. The sampler IS the trainer's policy: one model, one forward, nothing merged. So the old
-    log-probs are the sampler's, at the same temperature. Their mean distance from the trainer's,
-    before a step's first update, is logged as `gap` and should be rounding noise.
+ 4. The sampler IS the trainer's policy: one model, one code, nothing merged. So the old log-probs
+    are the sampler's, at the same temperature. Their mean |difference| from the trainer's, before
+    a step's first update, is logged as `gap` and should be rounding noise.
  5. Advantage A = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of
     equal rewards.
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, ratio = new / old
-    probability, summed and divided by ONE number, all response tokens of the mini-batch (as DAPO):
-    no 1/|o| bias, no mean of means, one gradient for any micro-batch size.
+    probability, summed and divided by ONE number, the count of response tokens in the mini-batch
+    (as DAPO): no bias by length, one gradient for any micro-batch size.
  7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
     the policy that training started from (the base model or --adapter), to each token's loss.
- 8. A step's problems are split into mini-batches [2 of 32], one Adam update each [AdamW 0.9, 0.999;
-    eps 1e-8, no weight decay]. Without KL, rows of advantage 0 skip their forward pass: they count
-    in 6's denominator, but not in the logged gap and clip fraction.
- 9. The gradient is clipped to a norm [1.0]. v and Adam's state are fp32; with --v-dtype bf16 or
-    fp16 the value kept after each update is rounded to that type.
+ 8. A step's problems are split into mini-batches [2 of 32 problems], one Adam update each [AdamW
+    0.9, 0.999; eps 1e-8, no weight decay]. Without KL, rows of advantage 0 skip their forward pass:
+    they count in 6's denominator, but not in the logged gap and clip fraction.
+ 9. The gradient is clipped to a norm [1.0]. v (tinylora.py) and Adam's state are fp32; with
+    --v-dtype bf16 or fp16 the value kept after each update is rounded to that type.
 
 Shapes: P prompts, G responses to each (a group), B = P * G rows, T response tokens, C hidden size.
 """
@@ -40,17 +40,17 @@ from support import ranks
 from support.errors import InputError
 from tinylora import DTYPES, svd  # noqa: F401 (svd: this module is an engine, see train.Run)
 
-CHECK_EVERY = 4  # tokens between checks for the end; each makes the host wait for the device
+CHECK_EVERY = 4  # tokens between checks for the end: a check makes the host wait for the device
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 
 
 @dataclass
 class Rollout:
-    """Responses of a policy, a row each; row p * G + g is response g to prompt p."""
+    """Responses of a policy, a row each; as generated, row p * G + g is response g to prompt p."""
     prompts: list  # B lists of token ids; the rows of a group repeat their prompt
-    ids: torch.Tensor  # (B, T) response tokens, 0 where masked
+    ids: torch.Tensor  # (B, T) response tokens, 0 outside the mask
     mask: torch.Tensor  # (B, T) bool, true up to and including one stop token
-    logp: torch.Tensor  # (B, T) the sampler's log-probs of ids (the "old" ones), 0 where masked
+    logp: torch.Tensor  # (B, T) the sampler's log-probs of ids (the "old" ones), 0 outside
     temperature: float  # at which ids were drawn (0: greedily, with log-probs at 1)
     advantage: torch.Tensor | None = None  # (B,)
     ref_logp: torch.Tensor | None = None  # (B, T) log-probs under the KL's reference policy
@@ -61,7 +61,7 @@ class Rollout:
                              f"prompt for its group")
 
     def rows(self, index):
-        """Some rows (a list), cut to their longest response."""
+        """The rows of a list of numbers, cut to their longest response."""
         at = torch.tensor(index, device=self.ids.device)
         width = int(self.mask[at].sum(1).max())
         chosen = {name: x[at] for name, x in vars(self).items() if torch.is_tensor(x)}
@@ -91,7 +91,7 @@ def uniforms(keys, length):
 
 
 def draw(logp, uniform):
-    """Tokens (B,) from log-probs (B, vocab): the inverse CDF at uniform (B,), fp64, in [0, 1).
+    """Tokens (B,) from log-probs (B, vocab): the inverse CDF at uniform (B,), fp64 in [0, 1).
 
     `right=True` finds the first token whose cumulated probability EXCEEDS the point, so a token of
     probability 0, which adds nothing, is never drawn.
@@ -125,7 +125,7 @@ def noise_tensor(noise, shape, temperature, device):
 
 def check_finite(values, what):
     if not values.isfinite().all():
-        raise InputError(f"the {what} is not finite: lower --lr, or use a milder --temperature")
+        raise InputError(f"the {what} is not finite: lower --lr, or bring --temperature near 1")
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
              progress=None):
     """Sample `group` responses to each of P prompts (lists of ids) -> Rollout of P * group rows.
 
-    noise (B, >= max_new_tokens): see uniforms; not used at temperature 0, greedy decoding.
+    noise (B, >= max_new_tokens): see uniforms; unused at temperature 0, greedy decoding.
     progress(tokens so far, rows that have ended) is called every CHECK_EVERY tokens.
     ValueError: a temperature without noise. InputError: log-probs that are not finite.
     """
@@ -171,14 +171,14 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
                 progress(t + 1, ended)
             if ended == B:
                 break
-        hidden = model.hidden(token[:, None], cache)[:, 0]  # (B, C)
+        hidden = model.hidden(token[:, None], cache)[:, 0]  # (B, C); ended rows too
     check_finite(logp, "log-prob of a sampled token")
     rows = [prompt for prompt in prompts for _ in range(group)]
     return Rollout(rows, ids[:, :t + 1], mask[:, :t + 1], logp[:, :t + 1], temperature)
 
 
 def logprobs(model, rollout, recompute=False):
-    """The trainer's log-probs of a rollout's responses, (B, T), 0 where masked.
+    """The trainer's log-probs of a rollout's responses, (B, T), 0 outside the mask.
 
     The head runs on response positions, in chunks whose logits are computed again in the backward
     pass: a whole batch's never exist at once. recompute: see model.hidden.
@@ -242,16 +242,16 @@ def statistics(logp, rollout, args):
 
 
 def accumulate(part, rollout, index, budget):
-    """The sum of part(micro-batch), a list of tensors, over micro-batches of the rows in `index`.
+    """The sums of part(micro-batch), a list of tensors, over micro-batches of the rows in `index`.
 
     A micro-batch has as many rows as fit into `budget` tokens, padding counted, or one.
     """
     lengths = rollout.mask.sum(1).tolist()
     index = sorted(index, key=lambda row: -lengths[row])  # rows of like length: little padding
-    prompt = max(map(len, rollout.prompts))
+    longest = max(map(len, rollout.prompts))
     total = None
     while index:
-        size = max(1, budget // (prompt + lengths[index[0]]))
+        size = max(1, budget // (longest + lengths[index[0]]))
         parts = part(rollout.rows(index[:size]))
         total = parts if total is None else [x + y for x, y in zip(total, parts)]
         index = index[size:]
@@ -259,14 +259,14 @@ def accumulate(part, rollout, index, budget):
 
 
 def update(model, optimizer, rollout, args, engine, loss=grpo_loss):
-    """One Adam update from one mini-batch, at the learning rate that stands in the optimizer.
+    """One Adam update from one mini-batch, at the learning rate set in the optimizer.
 
     args: clip_low, clip_high, kl, grad_clip, v_dtype, tokens_per_micro_batch and recompute of
     train.py's flags. engine: the module with logprobs and accumulate, this one or fast.
     Returns this rank's statistics and loss, and the gradient's norm.
     """
     params = optimizer.param_groups[0]["params"]
-    [tokens] = ranks.total(int(rollout.mask.sum()))  # of all ranks: N do what one does
+    [tokens] = ranks.total(int(rollout.mask.sum()))  # over all ranks: their number changes nothing
     denominator = max(tokens, 1)
     index = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
 

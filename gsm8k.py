@@ -3,27 +3,24 @@
 A task is a module of two functions (python train.py --task FILE.py; docs/your-own-task.md):
 
     prompt(problem, instruction) -> the user's turn; instruction: --instruction, or None
-    score(text, problem)         -> {"name": reward, ...}: what a response earns; it may be ""
+    score(text, problem)         -> {"name": reward, ...}: what a response earns; text may be ""
 
-and, where problems are more than the JSON lines of train.jsonl and test.jsonl, a third:
+and, where problems are not just the JSON lines of train.jsonl and test.jsonl, a third:
 
     load(data, eval_only) -> (training problems, test problems): dicts; "solution" is for SFT
 
 This task has three scores, always reported side by side, because much of a gain can be mere
-format (the paper reports the strict one; on the lenient one a reproduction gained far less):
+format (the paper reports strict; on lenient a reproduction gained far less):
 
-    strict   the number after the last well-formed "####" of the last 300 characters is right, the
-             paper's rule.
-    lenient  the strict answer if there is one, else the last number anywhere in the text.
-    format   there is such a number. As the reward it is the control: what strict and lenient gain
-             by it is mere format.
+    strict   right is the number after the last "####" in the last 300 characters: the paper's
+             rule, but that no number is cut out of a longer expression (see MORE).
+    lenient  right is strict's number if there is one, else the last number anywhere in the text.
+    format   strict's number exists. As the reward it is the control for mere format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
 format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.
 """
-import os
 import re
-from pathlib import Path
 
 from support.boxed import boxed, same
 from support.data import download, read_jsonl, split_paths
@@ -131,9 +128,7 @@ def read_problems(path):
 def load(data, eval_only=False):
     """--data -> (train, test): "gsm8k", downloaded once; a folder; or one file to evaluate on."""
     if data == "gsm8k":
-        cache = os.environ.get("TINYLORA_CACHE") or Path.home() / ".cache" / "tinylora"
-        folder = Path(cache) / "gsm8k"
-        paths = [download(URL + name, folder / name, sha) for name, sha in SHA256.items()]
+        paths = [download(URL + name, f"gsm8k/{name}", sha) for name, sha in SHA256.items()]
     else:
         paths = split_paths(data, eval_only)
     return tuple(read_problems(path) if path else [] for path in paths)

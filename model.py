@@ -1,7 +1,7 @@
 """A decoder for Qwen2.5 and Llama 3, written out by hand and read from Hugging Face folders.
 
 Both are the same pre-norm transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
-They differ in a bias on q, k and v (Qwen2.5 has one, Llama has none) and in the rope table.
+They differ in a bias on q, k and v (Qwen2.5's alone) and in the rope table.
 Parameter names are the checkpoint's without "model.", so loading is a strict copy.
 
     model = load("folder", torch.bfloat16, "cuda")
@@ -15,8 +15,8 @@ keys whose position is at most its own. Padding has the position NEVER, larger t
 query's (padded queries see all keys, so no softmax is empty; their output is not used). No mask is
 ever guessed from `ids != pad`: id 0 may be a real token.
 
-Shapes in the comments: B rows, T tokens of this call, S keys (earlier ones included), C hidden
-size, H query heads, KV key heads, D head size.
+Shapes: B rows, T tokens of this call, S keys (earlier ones included), C hidden size, H query heads,
+KV key heads, D head size.
 """
 import math
 
@@ -31,14 +31,14 @@ NEVER = 2**31 - 1  # the position of a key that no real query may see
 
 
 def upcast(x):
-    """fp32 where rounding would hurt (norms, softmax); fp64 where the whole model is fp64."""
+    """fp32 where rounding would hurt (norms, log-probs); fp64 where the whole model is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def log_softmax(logits, temperature):
-    """A policy's log-probs, (..., vocab), in fp32 whatever the model's dtype."""
+    """A policy's log-probs, (..., vocab), in fp32 (fp64 in fp64) whatever the logits' dtype."""
     logits = upcast(logits)
-    if temperature != 1:  # a division copies what may be gigabytes
+    if temperature != 1:  # dividing copies the logits, gigabytes
         logits = logits / temperature
     return logits.log_softmax(-1)
 
@@ -86,7 +86,7 @@ class Cache:
         self.v = like.new_zeros(shape)
         self.position = torch.full((batch, size), NEVER, device=like.device)  # (B, size)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)  # real tokens
-        self.used = 0  # columns, the same for all rows; hidden() counts a call's before the blocks
+        self.used = 0  # columns in use, the same for all rows, this call's included
 
     def append(self, layer, k, v):
         """Store k, v (B, KV, T, D) in the last T used columns; returns all used ones."""
@@ -96,7 +96,7 @@ class Cache:
         return self.k[layer, :, :, :self.used], self.v[layer, :, :, :self.used]  # (B, KV, S, D)
 
     def repeat(self, group, extra):
-        """Each row `group` times, side by side, and room for `extra` more columns."""
+        """Each row becomes `group` consecutive rows, with room for `extra` more columns."""
         self.k = F.pad(self.k.repeat_interleave(group, 1), (0, 0, 0, extra))
         self.v = F.pad(self.v.repeat_interleave(group, 1), (0, 0, 0, extra))
         self.position = F.pad(self.position.repeat_interleave(group, 0), (0, extra), value=NEVER)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D): this call's keys come last
-        # grouped queries: the H / KV query heads that read one key head become its rows, n T in all
+        # grouped queries: the T queries of the n = H / KV heads that read one key head, n T rows
         n = q.shape[1] // k.shape[1]
         q = q.reshape(B, -1, n * T, self.head_dim)  # (B, KV, n T, D)
         # not is_causal=True: with a cache torch aligns that triangle to the top left
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # How many ids the tokenizer has: Qwen2.5's table has 151,936 rows for 151,665, and a row
-        # without a token must never be sampled. train.py sets it.
+        # How many ids the tokenizer has: Qwen2.5-7B's table has 152,064 rows for 151,665, and a
+        # row without a token must never be sampled. Chat.limit_vocab sets it.
         self.vocab = config.vocab_size
         # from_pretrained(empty): nn.Embedding's initialiser takes seconds on the meta device
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         """The last layer's normed states: ids (B, T) -> (B, T, C).
 
         cache: continues the rows in it. lengths (B,): how many of a row's T tokens are real, the
-        rest is padding on the right whose output means nothing (None: all are real).
+        rest is padding on the right whose output means nothing (None: all real).
         recompute: activation checkpointing, block by block.
         """
         B, T = ids.shape
@@ -231,8 +231,8 @@ class Transformer(nn.Module):
 def load(path, dtype=torch.float32, device="cpu"):
     """The frozen model in a Hugging Face folder, in `dtype` on `device`.
 
-    It is laid out on the meta device first: no weight is initialised only to be overwritten, and
-    every name and shape is checked against the files. InputError names the file and the tensor.
+    Laid out on the meta device first: no weight is initialised in vain, and every name and shape
+    is checked against the files. InputError names the file and the tensor.
     """
     config = read_config(path)
     with torch.device("meta"):

@@ -1,34 +1,34 @@
-"""TinyLoRA: every linear layer of a frozen model is changed by a few numbers ("Learning to Reason
-in 13 Parameters", Morris et al., arXiv 2602.04118, section on TinyLoRA).
+"""TinyLoRA: the linear layers of a frozen model's blocks are changed by a few numbers ("Learning to
+Reason in 13 Parameters", Morris et al., arXiv 2602.04118, section on TinyLoRA).
 
-    y = W x + U S R V^T x,        R = sum_i v_i P_i / sqrt(u)
+    y = W x + b + U S R V^T x,    R = sum_i v_i P_i / sqrt(u)
 
 W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs), frozen. P_1 to P_u
-are fixed random r x r matrices, different for every module. v (u numbers) is all that is trained.
-Modules that share one v are a `tie`: Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form 13
-ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is the
-base model bit for bit. Nothing is merged into W: a bf16 weight would lose most of the change for
-good, while an activation's rounding differs from token to token and averages out.
+are fixed random r x r matrices, different for every module. v is all that is trained: u numbers for
+each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
+13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
+the base model bit for bit. Nothing is merged into W: a bf16 weight would lose most of the change
+for good, while an activation's rounding differs from token to token and averages out.
 
 SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Adam moves
-v by about lr a step whatever the gradient's size, so what counts is lr x scale:
+v by about lr an update whatever the gradient's size, so what counts is lr x scale:
 
-    implementation   delta W                               P entries   R per v_i      our lr =
+    implementation   delta W                               P entries   std of R       same lr here
     this file        U S R V^T                             N(0, 1)     1/sqrt(u)      lr
-    author's fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16/sqrt(u)     16 x lr
+    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16/sqrt(u)     16 x lr
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   1/sqrt(r)      sqrt(u/r) x lr
 
-With S left of R, right of it, on both sides, entry (i, j) of R is weighted by s_i, s_j,
-sqrt(s_i s_j): no learning rate undoes that.
+With S left of R, right of it, on both sides, entry (i, j) of R is weighted by s_i, s_j
+or sqrt(s_i s_j): no learning rate undoes that.
 
-LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i the r^2 unit matrices and no
-1/sqrt(u), so v IS R.
+LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i has one 1, at entry i, and no
+1/sqrt(u): v IS R.
 
-THE FILE. An adapter is a safetensors file of one tensor, v (13 numbers: 52 bytes in fp32, 26 in
-bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from numpy's
-RandomState, a stream frozen by policy, seeded by [1, seed, module number, 0]; U S V^T from the base
-model's weights as loaded, with a rule for the signs; a fingerprint tells if it is that model, in
-fp32 or bf16. Another processor, engine or dtype rounds the SVD, and so the adapter, anew.
+THE FILE. An adapter is a safetensors file of one tensor, v tie by tie (13 numbers: 52 bytes in
+fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from
+numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
+from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
+and bf16, tells if it is that model. Another processor, engine or dtype rounds the SVD differently.
 """
 import math
 import sys
@@ -56,7 +56,7 @@ def truncated_svd(W, rank):
 
     The residual is 0.0: only an iterative solver has one (fast/lanczos.py). An SVD leaves the sign
     of each pair of columns open, and R's off-diagonal entries would change meaning with it. The
-    rule: each column of U sums to a positive number. InputError: W holds NaN or infinity.
+    rule: no column of U has a negative sum. InputError: W holds NaN or infinity.
     """
     m, n = W.shape
     if W.is_meta:  # shapes are enough to count the trainable numbers of a 7B model
@@ -121,12 +121,12 @@ def random_P(u, rank, seed, index):
 def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """Which tie each of the 7 * layers modules belongs to: (tie of each module, ties, u, n_tie).
 
-    Trained numbers = ties x u; params: how many are wanted (None: 13; with n_tie, what that makes).
+    Trained numbers = ties x u; params: how many are wanted (None: 13, or what n_tie and u make).
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
-    As the paper, module i has tie i // n_tie, for the smallest n_tie that makes the wanted number
-    of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties differ in size
-    by at most one, and the n_tie returned is None. With more numbers than modules, the number of
-    ties is the largest divisor of params up to the number of modules. InputError: no such plan.
+    As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
+    wanted number of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties
+    differ in size by at most one, and the n_tie returned is None. With more numbers than modules,
+    the number of ties is the largest divisor of params up to theirs. InputError: no such plan.
     """
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, 7 * layers) if tying == "tiled" else (7, layers)
@@ -134,13 +134,12 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
         ties = kinds * math.ceil(length / n_tie)
         u = u or max(1, (params or ties) // ties)
     else:
-        asked = f"--params {params}" if params else "--params 13 (the default)"
         params = params or 13
         possible = range(kinds, kinds * length + 1, kinds)
         fitting = [n for n in possible if params % n == 0 and u in (None, params // n)]
         if not fitting:
-            raise InputError(f"{asked} cannot be had with --tie {tying} --u {u or 'any'}: numbers "
-                             f"= ties x u, with {kinds}, {2 * kinds} ... {kinds * length} ties")
+            raise InputError(f"--params {params} cannot be had: --tie {tying} --u {u or 'any'} "
+                             f"make ties x u, with {kinds}, {2 * kinds} ... {kinds * length} ties")
         ties = fitting[-1]
         u = params // ties
     if params not in (None, ties * u):
@@ -165,7 +164,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     """Freeze the model and put a TinyLoRALinear in the place of all 7 linears of every block.
 
     Returns v (ties, u), fp32, zeros: the one trainable tensor. params, u, n_tie, tying: see plan.
-    method: or "lora-xs", whose sizes follow from the rank. svd: the solver, or fast/lanczos.py's.
+    method: "lora-xs" takes its sizes from the rank. svd: the solver, or fast/lanczos.py's.
     model.adapter gets the settings for the file. InputError: no such plan, or a damaged weight.
     """
     if hasattr(model, "adapter"):
@@ -238,4 +237,4 @@ def load(path, model, svd=svd):
 
 
 if __name__ == "__main__":
-    sys.exit("it is now: python -m tools.export show|export ...")
+    sys.exit("the tool is now: python -m tools.export show|export ...")

@@ -30,17 +30,17 @@ from support.live import LiveBar
 from support.params import reference_logprobs
 from support.threads import choose_threads
 
-# The recipe: name, default, kind, meaning. None: decided later, as the text says. A model folder
+# The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
 RECIPE = [
     ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "what is trained"),
-    ("params", None, count, "how many numbers to train (13; with --n-tie: ties x u)"),
-    ("u", None, count, "numbers per tie (1 unless --params exceeds the modules)"),
+    ("params", None, count, "how many numbers to train: ties x u (13)"),
+    ("u", None, count, "numbers per tie (as few as --params allows)"),
     ("n-tie", None, count, "modules (tiled) or layers (structured) per tie"),
     ("tie", None, ["tiled", "structured"], "who shares v (tiled)"),
     ("rank", None, count, "number of SVD directions (2), or LoRA's rank (1)"),
-    ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "of the trained numbers, kept and saved"),
-    ("seed", 0, seed, "of P, the problems' order and the sampling"),
+    ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "in which what is trained is kept and saved"),
+    ("seed", 0, seed, "of the random P, the problems' order, the sampling"),
     ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or SFT"),
     ("steps", None, natural, "training steps (3 epochs)"),
     ("prompts", 64, count, "problems a step"),
@@ -54,7 +54,7 @@ RECIPE = [
     ("clip-high", 0.4, positive, "the ratio's clip above 1"),
     ("kl", 0.0, nonnegative, "weight of the KL to the reference (MATH: 0.001)"),
     ("grad-clip", 1.0, positive, "largest gradient norm"),
-    ("reward", None, str, "the score that is paid (the task's first: strict)"),
+    ("reward", None, str, "the score to learn from (the task's first: strict)"),
 ]
 LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}
 SAMPLED = (False, True)  # the first and last evaluations: greedy, then at T = 1
@@ -72,21 +72,22 @@ class Run:
 
 
 def pick(step, total, args):
-    """What step `step` (from 0) takes of `total` problems: positions in an endless series of
-    shuffled epochs, and the problems' numbers. Each rank takes its share of every mini-batch.
+    """What step `step` (from 0) takes of `total` problems: positions in an endless row of shuffled
+    epochs, and the problem at each. Each rank (process) takes its share of every mini-batch.
     """
     per_batch = args.prompts // args.minibatches
     positions = []
     for k in range(args.minibatches):
         first = step * args.prompts + k * per_batch
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
+    # seeds: see tinylora.random_P
     orders = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(total)
               for epoch in {position // total for position in positions}}
     return positions, [int(orders[p // total][p % total]) for p in positions]
 
 
 def learning_rate(update, args):
-    """Of update `update` (from 0): linear up to lr over the --warmup share of all, then lr."""
+    """Of update `update` (from 0): rises to lr over the --warmup share of updates, then lr."""
     warmup = max(1, round(args.warmup * args.steps * args.minibatches))
     return args.lr * min(1, (update + 1) / warmup)
 
@@ -94,7 +95,7 @@ def learning_rate(update, args):
 def roll_out(run, problems, group, noise, temperature, label, **more):
     """`group` responses to each of the problems, --rollout-rows at once -> Rollout.
 
-    noise: (problems x group, max_new_tokens). more: methods/es.py's v for every problem.
+    noise: (problems x group, max_new_tokens). more: a v for every problem (methods/es.py).
     """
     args = run.args
     texts = [run.task.prompt(problem, args.instruction) for problem in problems]
@@ -129,7 +130,7 @@ def evaluate(run, problems, label, step, sampled=False):
     """Fixed problems, greedy or at T = 1 with fixed noise -> {score or "length": mean}."""
     start = time.time()
     label = f"{label} at T = 1" if sampled else f"{label}, greedy"
-    numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's, in order
+    numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's
     results = []
     if numbers:  # there may be more ranks than problems
         some = [problems[i] for i in numbers]
@@ -182,7 +183,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
         problems = [train_problems[i] for i in numbers]
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
 
-        # 2. a group of responses to each, their scores, their advantages
+        # 2. a group of responses to each, their scores, their advantages (es: in 3)
         if args.algo == "grpo":
             keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
             noise = grpo.uniforms(keys, args.max_new_tokens)
@@ -228,7 +229,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
 
 
 def work(args):
-    """One run: problems, settings, model; then the evaluation or the training."""
+    """One run: problems, settings, model; then the chat, the evaluation or the training."""
     if args.chat:
         from tools import chat
         return chat.converse(args)
@@ -250,7 +251,7 @@ def work(args):
         folder = find_model(args.model)
         chat = Chat(folder)
         model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-        chat.limit_vocab(model)
+        chat.limit_vocab(model)  # model.vocab: only ids that the tokenizer has
         choose_threads(model, args.device)
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)

@@ -2,6 +2,7 @@
 import hashlib
 import http.client
 import importlib.util
+import os
 import urllib.request
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def load_task(path):
     return task
 
 
-def download(url, path, sha256):
-    """One file, fetched once and checked before it gets its name; returns its path."""
-    path = Path(path)
+def download(url, name, sha256):
+    """One file, fetched once, checked, and kept as `name` in the cache folder; returns its path."""
+    path = Path(os.environ.get("TINYLORA_CACHE") or Path.home() / ".cache" / "tinylora") / name
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     print(f"downloading {url} to {path.parent}", flush=True)
