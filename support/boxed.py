@@ -1,9 +1,10 @@
 r"""Answers in \boxed{}, as in the MATH data sets: finding one in a text, and comparing two.
 
 Answers are LaTeX, and one value can be written in many ways. `normalise` rewrites an answer with
-a table of replacements and exact fractions, `same` compares the results. Nothing is evaluated, so
-what needs algebra counts as different. bench/boxed_agreement.py measures the agreement with
-math-verify.
+a table of replacements, exact fractions and sums in one order, and `same` compares the results.
+Nothing is evaluated, and that is meant: for "Factor x^2-1" algebra would pay x^2-1, which stands in
+the question, and a policy learns to copy it. bench/boxed_agreement.py measures the agreement with
+math-verify, which does evaluate.
 
 No answer may hang the program. A pattern takes exponential time if two of its parts can match the
 same characters inside a repetition, so no such parts are allowed here.
@@ -20,12 +21,13 @@ MEANINGFUL = r"\b(?:[ap]m|hundred|thousand|million|billion|dozen|base|mod|if|and
 # A unit: \text{...} that holds two small letters in a row or the single letter m, or a bare word.
 # The letters are found by looking ahead, so that [^{}]* is the only part that matches the content.
 UNIT = (TEXT + r"(?![^{}]*" + MEANINGFUL + r")(?:(?=[^{}]*[a-z][a-z])[^{}]*|\s*m\s*)\}"
-        r"|(?<![a-zA-Z])(?:degrees?|dollars|cents|units|inches|feet|cm)")
+        r"|(?<![a-zA-Z])(?:degrees?|dollars|cents|units|inches|feet|cm|percent(?:age)?|pct)")
 # A slash with or without spaces around it, or one space; then the unit and its power.
 UNITS = r"(?<=[\d)}i])(?:(?: ?/ ?| )?(?:" + UNIT + r")(?:\^\{?\d\}?)?)+[ .]*$"
 
 UNICODE = str.maketrans({
-    "\u2212": "-", "π": "\\pi ", "°": "^\\circ ", "∞": "\\infty ", "∪": "\\cup ", "±": "\\pm "})
+    "\u2212": "-", "π": "\\pi ", "°": "^\\circ ", "∞": "\\infty ", "∪": "\\cup ", "±": "\\pm ",
+    "≈": "\\approx "})
 
 
 def without_commas(found):
@@ -41,15 +43,23 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     # thousands: 10,\!080 and 10{,}080
     (r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3})", ""),
     # \$5, 5\%, 5^\circ, \left( and the like
-    (r"\\!|\\?\$|\\?%|\^\{?\\circ(?![a-z])\}?|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"\\!|\\?[$€£]|\\?%|\^\{?\\circ(?![a-z])\}?|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     # any space is one space; (?<!\\) keeps \\, the row end of a matrix
     (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s)+", " "),
-    # 1,000 but not (1,000)
-    (r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)(?![^(\[]*(?:[)\]]|\\\}))", without_commas),
+    # 1,000 but not (1,000) and not 0,111
+    (r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?![^(\[]*(?:[)\]]|\\\}))", without_commas),
     # units at the end: 5\text{ cm}^2, 5\text{ dogs}
     (UNITS, ""),
     # \text{even}, \textbf{(C)}
     (r"(?:" + TEXT + r"|\\mathbf\{)([^{}]*)\}", r"\1"),
+    # (1;2) and 1;2
+    (r";", ","),
+    # relations of one character
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\le(?:q|qslant)?(?![a-z])|<=", "≤"),
+    (r"\\ge(?:q|qslant)?(?![a-z])|>=", "≥"),
+    (r"\\neq?(?![a-z])|!=", "≠"),
     # 2, 3, \text{ and } 4, which is "2, 3,  and  4" by now
     (r"(?: ?,)? *\b(?:and|or)\b ?", ","),
     (r"√ ?(\d+)", r"\\sqrt{\1}"),
@@ -59,8 +69,9 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r" ", ""),
     # punctuation at the end
     (r"[.,;]+$", ""),
-    # a set is a list
+    # a set is a list, and so is a group
     (r"^\\\{(.*)\\\}$", r"\1"),
+    (r"^\{([^{}]*)\}$", r"\1"),
     # \frac12, \sqrt3
     (r"\\(frac|sqrt)(\w|\\pi)", r"\\\1{\2}"),
     # \frac{1}2
@@ -74,20 +85,45 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"([_^])\{(\d+|\w)\}", r"\1\2"),
     # 2\cdot\sqrt{3}; not 2\cdot\frac{1}{2}, which would become a mixed number
     (r"\\(?:cdot|times)(?=\\sqrt|\\pi|[a-z])", ""),
-    (r"\{[bB]matrix\}", "{pmatrix}"),
-    # a choice: (C)
-    (r"^\(([A-Z])\)$", r"\1"),
+    (r"\{[bB]matrix\}|\{array\}(?:\{[^{}]*\})?", "{pmatrix}"),
+    (r"^[(\[](\\begin\{pmatrix\}.*\\end\{pmatrix\})[)\]]$", r"\1"),
+    # a choice: (C); one value in brackets: (\frac{1}{3})
+    (r"^\(([^(),]*)\)$", r"\1"),
     # a word: Even
     (r"^[A-Za-z]{3,}$", in_small_letters),
 )]
-# What names a value: x=5, f(x)=5, x\in[0,1]
-NAME = re.compile(r"(^|,)((?:[a-z]|[A-Z]{1,3}|\\[a-z]+)(?:\([a-z]\))?(?:=|\\in(?![a-z])))")
-# What stands between the numbers of tuples, intervals and matrices.
-PARTS = re.compile(r"([,=()\[\]&]|\\\\|\\cup|\\(?:begin|end)\{pmatrix\})")
 COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^(\[]*[)\]])")
+# What names a value: x, x_1, f(x), AB; |AB|, A:B; (p,q); \frac{AB}{CD}. Not 2x, x+y or xy.
+LETTERS = r"(?:[a-z]|[A-Z]{1,3}|\\[a-z]+)(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?"
+NAME = (rf"(?:\|?{LETTERS}\|?(?::{LETTERS})?|\({LETTERS}(?:,{LETTERS})*\)|"
+        rf"\\frac\{{{LETTERS}\}}\{{{LETTERS}\}})")
+NAMED = re.compile(rf"^({NAME})(?:=|\\in(?![a-z]))")
+# The same kind of table, for each item of a list.
+ITEM_SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # x\approx11 is x=11, but 1/3\approx0.33 is 1/3
+    (rf"^({NAME})\\approx", r"\1="),
+    (r"^\\approx|(?<=.)\\approx.*", ""),
+    # x=5+6=11 is x=11
+    (rf"^({NAME}=).*=", r"\1"),
+    # +\infty
+    (r"(^|[=,(\[])\+", r"\1"),
+)]
+RELATION = re.compile("([<>≤≥])")
+TURNED = {">": "<", "≥": "≤"}
+
 NUMBER = r"-?(?:\d+(?:\.\d*)?|\.\d+)"
 # sign, whole part of a mixed number, numerator, denominator
 FRACTION = re.compile(rf"(-?)(\d*)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}")
+# 1,22 for 1.22; three digits are thousands
+DECIMAL_COMMA = re.compile(r"[ $]*(-?\d+),(\d\d|\d{4,})[ $]*")
+# What a term of a sum consists of, and what ends a sum. Anything else: the order is left alone.
+TOKEN = re.compile(
+    r"(?P<end>[,=<>≤≥≠&:]|\\\\|\\cup|\\in(?![a-z])|\\(?:begin|end)\{\w*\})|"
+    r"(?P<opening>[(\[{])|(?P<closing>[)\]}])|(?P<sign>[+-])|"
+    r"(?P<term>[\w.!*/^]|\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|cdot|times))|"
+    r"(?P<other>\\[a-zA-Z]+|.)", re.DOTALL)
+# After these a sign is no sum's: 2^-1
+BINDING = ("^", "_", "/", "*", "\\cdot", "\\times")
 
 ESCAPED = re.compile(r"\\[\\{}]")
 # group 1: \boxed{, whose content ends at the matching brace; group 2: the content of "\boxed 5"
@@ -133,37 +169,127 @@ def exact(text):
     return str(-value if sign else value)
 
 
-def normalise(answer, names=True):
-    """One spelling for each value of a LaTeX answer. The items of a list are sorted.
+class Bracket:
+    """What stands in a bracket so far: text that is done, and the terms of the sum after it."""
 
-    names=False drops the name of a value: "x=5" becomes 5, and "x=1,x=2" becomes 1,2.
-    """
+    def __init__(self, opening):
+        self.opening = opening
+        self.done = ""
+        self.begin()
+
+    def begin(self):
+        """Begin a sum."""
+        self.terms = [""]
+        self.fixed = False
+
+    def text(self):
+        """All of it. Numbers become exact, but for those in braces, which are parts of numbers."""
+        terms = self.terms
+        if self.fixed or "+" in terms or "-" in terms:
+            return self.done + "".join(terms)
+        terms = [term.removeprefix("+") for term in terms]
+        if self.opening != "{":
+            terms = map(exact, terms)
+        signed = sorted(term if term.startswith("-") else "+" + term for term in terms)
+        return self.done + "".join(signed).removeprefix("+")
+
+
+def sums_in_order(text):
+    """The text with exact numbers and with the terms of every sum sorted: 2i+1 becomes 1+2i."""
+    inner = Bracket("")
+    outer = []
+    for found in TOKEN.finditer(text):
+        token = found[0]
+        kind = found.lastgroup
+        if kind == "opening":
+            outer.append(inner)
+            inner = Bracket(token)
+        elif kind == "closing" and outer:
+            content = inner.opening + inner.text() + token
+            inner = outer.pop()
+            inner.terms[-1] += content
+        elif kind in ("end", "closing"):
+            inner.done = inner.text() + token
+            inner.begin()
+        elif kind == "sign" and inner.terms[-1] and not inner.terms[-1].endswith(BINDING):
+            inner.terms.append(token)
+        else:
+            inner.terms[-1] += token
+            inner.fixed = inner.fixed or kind == "other"
+    return text if outer else inner.text()
+
+
+def ascending(item):
+    """3>x as x<3."""
+    parts = RELATION.split(item)
+    if not set(parts[1::2]) <= set(TURNED):
+        return item
+    return "".join(TURNED.get(part, part) for part in reversed(parts))
+
+
+def items(answer):
+    """The items of a LaTeX answer, which is often a list of one, each in one spelling."""
     if len(answer) > LONGEST:
-        return answer
+        return [answer]
     text = answer.translate(UNICODE)
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
-    if not names and len({name for _, name in NAME.findall(text)}) == 1:  # not "x=1,y=2"
-        text = NAME.sub(r"\1", text)
-    items = []
+    found = []
     for item in COMMA_OUTSIDE_BRACKETS.split(text):
         values = [item]
         if item.count("\\pm") == 1:
             values = [item.replace("\\pm", "+"), item.replace("\\pm", "-")]
         for value in values:
-            value = re.sub(r"(^|[=,(\[])\+", r"\1", value)  # +\infty
-            items.append("".join(map(exact, PARTS.split(value))))
-    return ",".join(sorted(items))
+            for pattern, replacement in ITEM_SPELLINGS:
+                value = pattern.sub(replacement, value)
+            value = sums_in_order(ascending(value))
+            # Roots may be double, and count then; a point is in a set of points or not.
+            if not (value.startswith("(") and value in found):
+                found.append(value)
+    return found
 
 
-def same(a, b):
-    """True if two LaTeX answers have one spelling after `normalise`, with or without a name.
+def normalise(answer):
+    """One spelling for each value of a LaTeX answer. The items of a list are sorted."""
+    return ",".join(sorted(items(answer)))
 
-    What needs algebra counts as different (1/sqrt 3 = sqrt 3 / 3, 2i + 1 = 1 + 2i), and so does a
-    missing or different base (2516_8).
+
+def unnamed(item):
+    """The value without its name: 5 for x=5, (1,2] for 1<x<=2."""
+    parts = RELATION.split(NAMED.sub("", item))
+    if len(parts) == 3 and re.fullmatch(NAME, parts[0]):
+        parts = ["-\\infty", "<", *parts]
+    elif len(parts) == 3 and re.fullmatch(NAME, parts[2]):
+        parts = [*parts, "<", "\\infty"]
+    if len(parts) != 5 or not re.fullmatch(NAME, parts[2]) or set(parts) & set(TURNED):
+        return "".join(parts)
+    low, left, _, right, high = parts
+    return ("(" if left == "<" else "[") + f"{low},{high}" + (")" if right == "<" else "]")
+
+
+def same_unnamed(named, values):
+    """True if these items are those values once their names are gone."""
+    names = {found[1] for found in map(NAMED.match, named) if found}
+    bare = [unnamed(item) for item in named]
+    if len(names) > 1:  # x=1,y=2 is not 2,1
+        return bare == values
+    return sorted(bare) == sorted(values)
+
+
+def same(answer, gold):
+    """True if two LaTeX answers have one spelling after `normalise`, one of them without names.
+
+    What needs algebra counts as different (1/sqrt 3 = sqrt 3 / 3, (x-1)(x+1) = x^2-1), and so
+    does a missing or different base (2516_8).
     """
-    x = normalise(a)
-    y = normalise(b)
-    if x == "":
+    given = items(answer)
+    wanted = items(gold)
+    if given == [""]:
         return False
-    return x == y or normalise(a, names=False) == y or x == normalise(b, names=False)
+    if sorted(given) == sorted(wanted):
+        return True
+    if same_unnamed(given, wanted) or same_unnamed(wanted, given):
+        return True
+    # The gold answer 2,16 is a list.
+    decimal = DECIMAL_COMMA.fullmatch(answer)
+    return bool(decimal) and items(f"{decimal[1]}.{decimal[2]}") == wanted
