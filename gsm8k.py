@@ -25,6 +25,7 @@ import re
 from support.boxed import boxed, same
 from support.data import download, read_jsonl, split_paths
 from support.errors import InputError
+from support.plain_numbers import NUMBER, PLAIN_NUMBER, canonical
 
 # The paper's, after the question, in one user turn; SimpleRL's boxed template for MATH.
 INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
@@ -35,23 +36,9 @@ URL = ("https://raw.githubusercontent.com/openai/grade-school-math/"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
           "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 
-# [0-9] and not \d, which takes the digits of every script.
-NUMBER = r"[-+]?[$€£]?[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-# What, right after the number, makes another value of it: 5/2, 5^2, 5², 1e3, 1,0000, 5'000, 5:30,
-# 5-6, 5 + 6, 5 or 6, 5 1/2, 5 million, 5k. A unit, a full stop or markup ends the number.
-MORE = (r"[0-9²³]|[.,:'_][0-9]|[ \t]*(?:[/^*×=]|[-+–][ \t]*[$(]?[0-9])|[eE][-+]?[0-9]|"
-        r"[ \t]+(?:[xX][ \t]*)?[0-9(]|[ \t]*,?[ \t]*(?:or|and|to)\b[ \t]*[-+$]?[0-9]|[kKMxX]\b|"
-        r"[ \t]*(?:hundred|thousand|million|billion|trillion|dozen|bn)\b")
-STRICT = re.compile(rf"####[ \t]*({NUMBER})(?!{MORE})")
+# PLAIN_NUMBER is a number that nothing makes another value of, as 5/2, 5² or 5 million do of 5.
+STRICT = re.compile(rf"####[ \t]*({PLAIN_NUMBER})")
 ANY = re.compile(NUMBER)
-
-
-def canonical(number):
-    """One spelling per value: "$1,800.00" -> "1800", "-07.50" -> "-7.5", "-0" -> "0"."""
-    sign = "-" if "-" in number else ""
-    whole, _, fraction = re.sub(r"[^0-9.]", "", number).partition(".")
-    text = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
-    return text if text == "0" else sign + text
 
 
 def extract_answer(text, strict=True):

@@ -46,6 +46,33 @@ def test_what_follows_a_number_must_end_it(text):
     assert (strict, lenient) == ANSWERS[text]
 
 
+ENDED = (  # what may follow the 5 of "#### 5"
+    "", ".", "...", ",", "!", "%", " %", "\\%", "$", "\\$", " €", "**", "*", "_", "`", "\"",
+    ")", "}", "]", "\\]", "</s>", "<|im_end|>", " apples", " apples.", "-apple", "km", " m",
+    " cm^2", " m²", "°C", "\\text{ cm}", " percent", " miles", " milk cartons", " (five)",
+    " (in dollars)", ": done", ", because", " - so it is", " then 9", ". 6", "\n6", "\n\n1/2",
+    " per day.\nStep 2")
+ANOTHER_VALUE = (
+    "/2", " / 2", "²", "³", "⁴", "₂", "½", " ½", "⅓", " 1/2", " and 1/2", " and a half",
+    "\uff15", "٥", "'000", "’000", "_000", " 000", "{,}000", ",\\!000", "\\,000", "，000", ",00",
+    ",6,7", ", 6", " 6", "; 6", "\t6", ".5.5", "．5", "٫5", ":6", ":30", "-6", " - 6", "–6",
+    "—6", "+6", " ± 1", "*2", "**2", " × 10", "÷2", "^2", "^{2}", "e3", "E3", "e-7", " x 10^3",
+    " \\times 10^3", "\\cdot 2", "\\frac{1}{2}", "√2", "\\pi", "π", " or 6", " or six",
+    " (or 6)", " (6)", " to 6", " and 6", " of 6", " out of 6", " over 2", " times 2",
+    " divided by 2", " squared", " = 6", " < 6", " ≈ 5.2", " million", " Million", " millions",
+    "-million", " \\text{ million}", " thousand", " hundred", " dozen", "k", " k", "K", "M",
+    "B", "bn", " mil", "x", " remainder 1", " R1", "h30", " hours 30 minutes",
+    " dollars and 50 cents", " ft 2 in", "' 6\"")
+
+
+@pytest.mark.parametrize("rest", ENDED + ANOTHER_VALUE, ids=repr)
+def test_5_is_paid_for_5_only(rest):
+    """Bug 23: what makes another value of a number, and what does not."""
+    answer = None if rest in ANOTHER_VALUE else "5"
+    assert gsm8k.extract_answer("It is #### 5" + rest) == answer
+    assert gsm8k.extract_answer("**#### $5" + rest) == answer
+
+
 SCORES = [  # response, the file's answer, (strict, lenient, format)
     ("#### $18.00", "He has 9 * 2 = <<9*2=18>>18\n#### 18", (1, 1, 1)),
     ("#### 180", "#### 18", (0, 0, 1)), ("#### 8", "#### 18", (0, 0, 1)),
@@ -91,6 +118,9 @@ MALFORMED = [("", ["no problems"]), ("{}\n", ["line 1", "question"]),
              ('{"question": "a", "answer": "#### 1"}\n\n[1]\n', ["line 3"]),
              ('{"question": "a", "answer": "none"}', ["line 1", "number"]),
              ('{"question": "a", "answer": "3/4"}', ["line 1", "number"]),
+             ('{"question": "a", "answer": "1e3"}', ["line 1", "number"]),
+             ('{"question": "a", "answer": "#### 1 1/2"}', ["line 1", "number"]),
+             ('{"question": "a", "answer": "5 hours 30 minutes"}', ["line 1", "number"]),
              ('{"question": "a", "answer": 1e-7}', ["line 1", "number"]),
              ('{"question": " ", "answer": "1"}', ["line 1", "question"])]
 
