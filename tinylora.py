@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from support.adapter_file import DTYPES, VERSION, read
+from support.adapter_file import DTYPES, VERSION, check_settings, check_size, read
 from support.checkpoint import fingerprint
 from support.errors import InputError
 from support.files import replacing, sorted_header
@@ -48,6 +48,21 @@ from support.files import replacing, sorted_header
 # A block's modules, in the order in which they are numbered and tied.
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def scaled(W):
+    """(W / 2**e in fp32, e): near fp32's limits solvers fail; a power of two rounds nothing.
+
+    Weights of ordinary size have e = 0. InputError: W holds NaN or infinity.
+    """
+    W = W.float()
+    largest = torch.stack(W.aminmax()).abs().max().item()
+    if not math.isfinite(largest):
+        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
+    e = math.frexp(largest)[1]
+    if -20 < e < 20:
+        return W, 0
+    return W * 2.0 ** (-e // 2) * 2.0 ** (-e - -e // 2), e  # at once it might be infinity
 
 
 @torch.no_grad()
@@ -61,16 +76,12 @@ def truncated_svd(W, rank):
     m, n = W.shape
     if W.is_meta:  # shapes are enough to count the trainable numbers of a 7B model
         return W.new_empty(m, rank), W.new_empty(rank), W.new_empty(n, rank), 0.0
-    W = W.float()
-    largest = W.abs().max()
-    if not largest.isfinite():
-        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
-    # LAPACK fails near fp32's limits; a power of two rounds nothing
-    scale = torch.exp2(torch.frexp(largest).exponent - 1.0)
-    U, S, Vt = torch.linalg.svd(W / scale, full_matrices=False)
+    W, e = scaled(W)
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     U = U[:, :rank]
+    S = (S[:rank].double() * 2.0**e).float()
     sign = torch.where(U.double().sum(0) < 0, -1.0, 1.0).to(W)  # (rank,)
-    return U * sign, S[:rank] * scale, Vt[:rank].T * sign, 0.0
+    return U * sign, S, Vt[:rank].T * sign, 0.0
 
 
 def svd(weights, rank):
@@ -177,6 +188,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
         u = rank * rank
         n_tie = 1
     tie_of, ties, u, n_tie = plan(len(model.layers), params, u, n_tie, tying)
+    check_size(model, 7 * len(model.layers), rank, u)
 
     model.requires_grad_(False)
     like = model.embed_tokens.weight
@@ -221,13 +233,7 @@ def load(path, model, svd=svd):
     here = getattr(model, "adapter", None)
     if here is None:
         here = {"base": fingerprint(model), "targets": ",".join(TARGETS)}
-    if wanted["base"] != here["base"]:
-        made_for = wanted["model"] or "one its file does not name"
-        raise InputError(f"{path}: was made for another base model ({made_for})")
-    differs = [f"{name} is {wanted[name]} in the file and {here[name]} here"
-               for name in here if wanted[name] != here[name]]
-    if differs:
-        raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
+    check_settings(path, wanted, here)
     if not hasattr(model, "adapter"):
         adapt(model, stored.numel(), wanted["u"], wanted["n_tie"] or None, wanted["tie"],
               wanted["rank"], wanted["seed"], wanted["method"], svd)

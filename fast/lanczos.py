@@ -11,7 +11,6 @@ import torch
 
 import tinylora
 from support import threads
-from support.errors import InputError
 
 EXTRA = 6  # columns of a block beyond the wanted rank: they speed up convergence
 BLOCKS = 3  # that the basis grows by before the small problem is solved
@@ -34,13 +33,13 @@ def truncated_svd(W, rank, tol=TOLERANCE):
     equal singular values may keep it from converging; then a full SVD is taken, as it is where W is
     so small that the basis would fill the space. InputError: W holds NaN or infinity.
     """
+    if W.is_meta:
+        return tinylora.truncated_svd(W, rank)
     m, n = W.shape
+    W, e = tinylora.scaled(W)
     A = W if n <= m else W.T  # iterate on the shorter side: A (long, short)
     found = None
-    if A.shape[1] >= 16 * (rank + EXTRA) and not W.is_meta:
-        A = A.float()
-        if not A.sum().isfinite():
-            raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
+    if A.shape[1] >= 16 * (rank + EXTRA):
         found = lanczos(A, rank, tol)
     if found is not None:
         S, right, residual = found
@@ -49,7 +48,7 @@ def truncated_svd(W, rank, tol=TOLERANCE):
         left, S, right, residual = tinylora.truncated_svd(A, rank)
     U, V = (left, right) if n <= m else (right, left)
     sign = torch.where(U.double().sum(0) < 0, -1.0, 1.0).to(W)  # the rule for signs
-    return U * sign, S, V * sign, residual
+    return U * sign, (S.double() * 2.0**e).float(), V * sign, residual
 
 
 def lanczos(A, rank, tol):

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from support.adapter_file import check_base
 from support.errors import InputError
 from support.files import make_folder, read_json, replacing, write_json
 from tinylora import DTYPES, TARGETS, fingerprint
@@ -112,13 +113,14 @@ def save(folder, model, dtype="fp32", base=""):
     """The LoRA on `model` as PEFT's folder. base: the model's name or path, for its readers."""
     factors = {name: (module.A, module.B) for name, module in modules_of(model).items()}
     settings = model.adapter
-    write_peft(folder, factors, settings["rank"], settings["alpha"], dtype, base)
+    write_peft(folder, factors, settings["rank"], settings["alpha"], dtype, base,
+               settings["base"])
 
 
-def write_peft(folder, factors, rank, alpha, dtype, base):
+def write_peft(folder, factors, rank, alpha, dtype, base, fingerprint):
     """adapter_config.json and adapter_model.safetensors, as PEFT writes them.
 
-    factors: {module name: (A (r, d_in), B (d_out, r))}.
+    factors: {module name: (A (r, d_in), B (d_out, r))}. fingerprint: the base model's, for `load`.
     """
     folder = Path(folder)
     config = PLAIN | {
@@ -128,7 +130,7 @@ def write_peft(folder, factors, rank, alpha, dtype, base):
     tensors = [x for pair in factors.values() for x in pair]
     make_folder(folder)
     write_weights(folder / "adapter_model.safetensors",
-                  dict(zip(peft_names(factors), tensors)), dtype)
+                  dict(zip(peft_names(factors), tensors)), dtype, base=fingerprint)
     write_json(folder / "adapter_config.json", config)
 
 
@@ -136,7 +138,8 @@ def write_peft(folder, factors, rank, alpha, dtype, base):
 def load(folder, model):
     """Put a PEFT LoRA on a bare model; returns its tensors, as adapt does.
 
-    InputError says what is missing, damaged or not supported.
+    InputError says what is missing, damaged or not supported, and whether the base model is another
+    one than a LoRA of this project was made for (PEFT's do not say).
     """
     folder = Path(folder)
     config_path = folder / "adapter_config.json"
@@ -148,17 +151,22 @@ def load(folder, model):
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     # `type`, because True is an int too
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    numbers = type(rank) is int and type(alpha) in (int, float)
+    if not numbers or rank < 1 or not 1e-9 <= alpha <= 1e9:
         raise InputError(f"{config_path}: r is {rank!r} and lora_alpha {alpha!r}; "
                          f"both must be positive numbers")
     path = folder / "adapter_model.safetensors"
     if not path.is_file():  # a pipe would keep us waiting
         raise InputError(f"{path}: no such file")
     try:
-        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            made_for = (file.metadata() or {}).get("base")
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as an adapter ({error})") from None
     params = adapt(model, rank, alpha)
+    if made_for:
+        check_base(path, made_for, config.get("base_model_name_or_path"), model.adapter["base"])
     model.adapter["seed"] = None  # PEFT's files do not say
     names = peft_names(modules_of(model))
     if set(names) != set(state):
@@ -194,13 +202,16 @@ def save_model(folder, state, source, dtype):
     write_json(folder / "config.json", config)
 
 
-def write_weights(path, state, dtype):
-    """A safetensors file of the tensors, as `dtype`, readable by whom any new file is."""
+def write_weights(path, state, dtype, **more):
+    """A safetensors file of the tensors, as `dtype`, readable by whom any new file is.
+
+    more: entries of its header.
+    """
     state = {name: x.detach().to("cpu", DTYPES[dtype]).contiguous() for name, x in state.items()}
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(state, temporary, {"format": "pt"})  # makes a file of its own, of mode 0600
+        save_file(state, temporary, more | {"format": "pt"})  # makes its own file, of mode 0600
         temporary.chmod(mode)
 
 

@@ -4,11 +4,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from support.checkpoint import same_base
 from support.errors import InputError
 
 METHODS = ("tinylora", "lora-xs")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSION = "1"
+MOST_TRAINED = 2**24  # numbers in a file; LoRA-XS of rank 256 on a 7B model has 13 million
+MOST_NUMBERS = 2**26  # of P in all modules, 256 MB; or as many as the model itself has
 
 
 def read(path):
@@ -41,6 +44,8 @@ def read(path):
     if any(not low <= settings[name] < 2**32 for name, low in limits.items()):
         raise InputError(f"{path}: its metadata is damaged (a number is out of range)")
     known = settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
+    if v.numel() > MOST_TRAINED:
+        raise InputError(f"{path}: holds {v.numel():,} numbers; the limit is {MOST_TRAINED:,}")
     if not known or v.shape != (settings["groups"] * settings["u"],):
         raise InputError(f"{path}: holds {v.numel()} numbers, its metadata says "
                          f"{settings['method']}, {settings['groups']} {settings['tie']} ties x u "
@@ -48,3 +53,31 @@ def read(path):
     if v.dtype not in DTYPES.values() or not v.isfinite().all():
         raise InputError(f"{path}: v must be finite numbers in {', '.join(DTYPES)}")
     return v, settings
+
+
+def check_settings(path, wanted, here):
+    """InputError unless a file's settings are those of the model, as far as it has them `here`."""
+    check_base(path, wanted["base"], wanted["model"], here["base"])
+    differs = [f"{name} is {wanted[name]} in the file and {here[name]} here"
+               for name in here if name != "base" and wanted[name] != here[name]]
+    if differs:
+        raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
+
+
+def check_base(path, wanted, name, here):
+    """InputError if a file was made for a model with another fingerprint. name: its own for it."""
+    if not same_base(wanted, here):
+        raise InputError(f"{path}: was made for another base model "
+                         f"({name or 'one its file does not name'}), or for other weights of it")
+
+
+def check_size(model, modules, rank, u):
+    """InputError if P, u x rank x rank numbers for every module, would be larger than the model.
+
+    A file of a few kB may ask for any size.
+    """
+    numbers = modules * u * rank**2
+    most = max(MOST_NUMBERS, sum(p.numel() for p in model.parameters()))
+    if numbers > most:
+        raise InputError(f"rank {rank} and u {u} need {numbers:,} fixed random numbers, "
+                         f"u x rank x rank for each of {modules} modules; the limit is {most:,}")

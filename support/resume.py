@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support import ranks
+from support.checkpoint import same_base
 from support.errors import InputError
-from support.files import read_json, replacing, write_json
+from support.files import parse_json, read_json, replacing, write_json
+from support.terminal import printable
 
 FILES = ("state-0.safetensors", "state-1.safetensors")
 LOGS = ("log.jsonl", "samples.jsonl")
@@ -59,9 +61,14 @@ def alone(out):
 def is_finished(out, steps):
     """True if the run in the folder has come to its end, of at least `steps` steps; says so."""
     path = out / "summary.json"
-    if not path.exists() or read_json(path).get("steps", steps) < steps:
+    if not path.exists():
         return False
-    print(f"{out}: this run is finished; its results are in {path}")
+    done = read_json(path).get("steps", steps)
+    if type(done) is not int:
+        raise InputError(f"{path}: steps is {done!r}; it must be a whole number")
+    if done < steps:
+        return False
+    print(printable(f"{out}: this run is finished; its results are in {path}"))
     return True
 
 
@@ -106,7 +113,8 @@ def compare(settings, out):
     before = read_json(out / "config.json")
     if "chat_format" not in before:
         before.pop("problems", None)  # an older version hashed the problems in another form
-    changed = {name for name in before.keys() & settings.keys() if before[name] != settings[name]}
+    changed = {name for name in before.keys() & settings.keys()
+               if not is_same(before[name], settings[name])}
     for name, description in MUST_NOT_CHANGE.items():
         if name in changed:
             what = description.format(data=settings["data"], model=settings["model"])
@@ -114,9 +122,18 @@ def compare(settings, out):
     differences = [f"{name} {before[name]}, now {settings[name]}"
                    for name in CHANGES_ROUNDING if name in changed]
     if differences:
-        print(f"note: the run began with {', '.join(differences)}: "
-              "what follows is equal up to rounding, not bit for bit", flush=True)
+        print(printable(f"note: the run began with {', '.join(differences)}: what follows is "
+                        "equal up to rounding, not bit for bit"), flush=True)
     return before
+
+
+def is_same(before, now):
+    """Equal settings. An older version's fingerprint of the model is compared as far as it goes."""
+    both = (before, now)
+    if all(isinstance(x, dict) and isinstance(x.get("base"), str) for x in both):
+        return (same_base(before["base"], now["base"])
+                and before | {"base": ""} == now | {"base": ""})
+    return before == now
 
 
 def size(path):
@@ -163,6 +180,8 @@ def read(path, out):
 
     InputError if the file is damaged, or if a log is shorter than it was when this was written.
     """
+    if not path.is_file():  # a pipe would keep us waiting
+        raise InputError(f"{path} is not an ordinary file")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -171,11 +190,23 @@ def read(path, out):
         raise InputError(f"{path} is damaged ({error})") from None
     if header.get("sha256") != checksum(header.get("done", ""), tensors):
         raise InputError(f"{path} is damaged (its checksum is wrong)")
-    done = json.loads(header["done"])
+    done = progress(path, header)
     for name in LOGS:
         if size(out / name) < done[name]:
             raise InputError(f"{path} cannot be used ({name} is shorter than it was then)")
     return done, tensors
+
+
+def progress(path, header):
+    """`done` of a state file's header. InputError if it is not what `save` writes."""
+    try:
+        done = parse_json(header["done"])
+        numbers = [done[name] for name in ("step", "slot", *LOGS)]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        numbers = [None]
+    if not all(type(x) is int and 0 <= x < 2**63 for x in numbers) or done["slot"] > 1:
+        raise InputError(f"{path} is damaged (its header)")
+    return done
 
 
 def load(out, params, optimizer, reference):
@@ -183,6 +214,9 @@ def load(out, params, optimizer, reference):
 
     Returns None if the run was stopped before its first state. InputError if it cannot go on.
     """
+    for name in LOGS:
+        if (out / name).exists() and not (out / name).is_file():  # a pipe would keep us waiting
+            raise InputError(f"{out / name}: is not an ordinary file")
     states = []
     complaints = []
     paths = [out / name for name in FILES if (out / name).exists()]
@@ -194,8 +228,9 @@ def load(out, params, optimizer, reference):
     if states:
         step, path = max(states)
         done, tensors = read(path, out)  # again: two states in memory may be too much
-        print("".join(f"{complaint}; " for complaint in complaints)
-              + f"going on from {path}, after step {step}", flush=True)
+        complaint = "".join(f"{complaint}; " for complaint in complaints)
+        print(printable(f"{complaint}going on from {path}, after step {step}"), flush=True)
+        check_tensors(path, tensors, params, reference)
         restore(tensors, params, optimizer, reference)
         remove_rest(out, done)
         return done
@@ -205,6 +240,18 @@ def load(out, params, optimizer, reference):
     print("no state yet: the run was stopped before its first; starting over", flush=True)
     remove_rest(out, dict.fromkeys(LOGS, 0))
     return None
+
+
+def check_tensors(path, tensors, params, reference):
+    """InputError unless a state's tensors are those of this run, and Adam's of all or of none."""
+    shapes = {f"param.{i}": p.shape for i, p in enumerate(params)}
+    moments = {f"{name}.{i}": p.shape for i, p in enumerate(params)
+               for name in ("exp_avg", "exp_avg_sq")}
+    moments |= {f"step.{i}": torch.Size() for i in range(len(params))}
+    shapes |= {f"reference.{i}": p.shape for i, p in enumerate(reference or [])}
+    found = {name: x.shape for name, x in tensors.items()}
+    if found not in (shapes, shapes | moments):
+        raise InputError(f"{path}: does not hold the trained numbers of this run")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""tinylora.py beyond the spec's tests: bf16 models, LoRA-XS, the SVD's limits, moved files."""
+"""tinylora.py beyond the spec's tests: bf16 models, LoRA-XS, the base model, moved files."""
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -14,40 +15,13 @@ from helpers import ROOT, TOY, random_v, tiny
 
 import model as transformer
 import tinylora
+from methods import lora
+from support.checkpoint import same_base
 from support.errors import InputError
 
 
 def layers(model):
     return [m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]
-
-
-def test_svd_signs_do_not_depend_on_the_solver():
-    """An SVD leaves the sign of each pair (u, v) open: the entries of u must sum to a positive
-    number. The weight is given in three ways that lead a solver to other signs."""
-    W = torch.from_numpy(np.random.RandomState(0).standard_normal((50, 30))).float()
-    U, S, V, _ = tinylora.truncated_svd(W, 3)
-    assert (U.sum(0) > 0).all()
-    torch.testing.assert_close(W @ V, U * S, atol=1e-4, rtol=0)
-    for other, back in ((-W, -1), (W.flip(1), None)):
-        U2, _, V2, _ = tinylora.truncated_svd(other, 3)
-        torch.testing.assert_close(U2, U, atol=1e-4, rtol=0)
-        torch.testing.assert_close(-V2 if back else V2.flip(0), V, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e36])
-def test_svd_at_absurd_scales(scale):
-    """LAPACK's own scaling fails near fp32's limits: wrong factors, an error, or "NaN"."""
-    W = torch.from_numpy(np.random.RandomState(0).standard_normal((50, 30))).float()
-    _, S, V, _ = tinylora.truncated_svd(W, 2)
-    _, S2, V2, _ = tinylora.truncated_svd(W * scale, 2)
-    torch.testing.assert_close(S2 / scale, S, atol=0, rtol=1e-4)
-    torch.testing.assert_close(V2, V, atol=1e-4, rtol=0)
-
-
-def test_svd_of_zeros():
-    """No NaN from a division by a norm of 0."""
-    for x in tinylora.truncated_svd(torch.zeros(30, 20), 2):
-        assert torch.as_tensor(x).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -131,6 +105,78 @@ def test_an_adapter_on_another_base_or_with_other_settings(tmp_path):
     tinylora.adapt(adapted, 13)
     for other in (tiny(dtype=torch.bfloat16), adapted):
         assert torch.equal(tinylora.load(path, other), v)
+
+
+def change_one(model, rng):
+    """One bit pattern of one weight, in one place out of all, becomes another."""
+    weights = dict(model.named_parameters())
+    weight = weights[rng.choice(sorted(weights))].view(-1)
+    at = rng.randint(len(weight))
+    weight[at] = weight[at].nextafter(torch.tensor(9.0, dtype=weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_changed_weight_is_another_base(dtype, tmp_path):
+    """The fingerprint looked at 64 values of each tensor. The error names the model."""
+    v = tinylora.adapt(tiny(dtype=dtype), 13)
+    model = tiny(dtype=dtype)
+    tinylora.adapt(model, 13)
+    tinylora.save(tmp_path / "a", v, model, name="owner/base")
+    rng = np.random.RandomState(0)
+    for _ in range(60):
+        other = tiny(dtype=dtype)
+        change_one(other, rng)
+        with pytest.raises(InputError, match="another base model .owner/base.") as error:
+            tinylora.load(tmp_path / "a", other)
+        assert not {*tinylora.fingerprint(other).split(":")} & {*str(error.value).split()}
+
+
+def test_old_fingerprints_are_compared_as_far_as_they_go(tmp_path):
+    """A file that says no more than the first ones did loads, whatever its 64 values miss."""
+    model = tiny()
+    v = random_v(tinylora.adapt(model, 13))
+    new = model.adapter["base"]
+    assert [len(part) for part in new.split(":")] == [64, 64, 64]
+    bf16 = tinylora.fingerprint(tiny(dtype=torch.bfloat16))
+    assert bf16 == ":".join(new.split(":")[:2]) and same_base(bf16, new)
+    assert not same_base(new, tinylora.fingerprint(tiny(seed=1)))
+    model.adapter["base"] = new.split(":")[0]
+    tinylora.save(tmp_path / "old", v, model)
+    assert torch.equal(tinylora.load(tmp_path / "old", tiny()), v)
+    model.adapter["base"] = "0" * 64
+    tinylora.save(tmp_path / "old", v, model)
+    with pytest.raises(InputError, match="another base model"):
+        tinylora.load(tmp_path / "old", tiny())
+
+
+def test_a_lora_knows_its_base_too(tmp_path):
+    """It was put on any model of the right shape. One that PEFT made says nothing of its base."""
+    model = tiny()
+    lora.adapt(model, 2)
+    lora.save(tmp_path / "lora", model, base="owner/base")
+    lora.load(tmp_path / "lora", tiny())
+    with pytest.raises(InputError, match="another base model .owner/base."):
+        lora.load(tmp_path / "lora", tiny(seed=1))
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file(load_file(path), path)
+    lora.load(tmp_path / "lora", tiny(seed=1))
+
+
+@pytest.mark.parametrize("rank,u", [(16, 200_000), (2, 2**24)])
+def test_a_file_that_asks_for_gigabytes(rank, u, tmp_path):
+    """P has u x rank x rank numbers a module: 800 kB of zeros asked for 6.5 GB."""
+    model = tiny()
+    model.adapter = {"method": "tinylora", "rank": rank, "u": u, "tie": "tiled", "n_tie": 0,
+                     "groups": 1, "seed": 0, "targets": ",".join(tinylora.TARGETS),
+                     "base": tinylora.fingerprint(model)}
+    tinylora.save(tmp_path / "a", torch.zeros(u), model, "bf16")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="random numbers"):
+        tinylora.load(tmp_path / "a", tiny())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    model = tiny()
+    with pytest.raises(InputError, match="random numbers"):
+        tinylora.adapt(model, 2**24, u=2**24)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -226,7 +272,7 @@ def test_adapter_travels_between_torch_versions(tmp_path):
         path = tmp_path / f"{maker}-{base}-{kept}.{by}"
         with safe_open(path, "pt") as file:
             return load_file(path), file.metadata()
-    bases = set()
+    bases = []
     for maker in ("here", "there"):
         for kept in ("fp32", "bf16"):
             exact, _ = rebuilt(maker, "float32", kept, "here")
@@ -234,7 +280,8 @@ def test_adapter_travels_between_torch_versions(tmp_path):
                 a, facts = rebuilt(maker, base, kept, "here")
                 b, others = rebuilt(maker, base, kept, "there")
                 assert facts["torch"] != others["torch"]  # or nothing was tested
-                bases |= {facts["base"], others["base"]}
+                bases.append(facts["base"])
+                bases.append(others["base"])
                 assert torch.equal(a["P"], b["P"]) and torch.equal(a["v"], b["v"]) and a["v"].any()
                 close = base == "float32"
                 factors = 1e-4 if close else 0.01 * a["US"].abs().max().item()
@@ -242,4 +289,4 @@ def test_adapter_travels_between_torch_versions(tmp_path):
                 for name in ("logits", "logp"):
                     bound = 1e-4 if close else (a[name] - exact[name]).abs().max().item()
                     torch.testing.assert_close(a[name], b[name], atol=bound, rtol=0)
-    assert len(bases) == 1
+    assert all(same_base(bases[0], base) for base in bases)

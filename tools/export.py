@@ -29,7 +29,8 @@ from support.files import make_folder, read_json
 from support.flags import Parser
 from support.hub import find_model
 from support.program import run_main
-from tools.card import readable, write_card
+from support.terminal import printable
+from tools.card import write_card
 
 SHOWN = 28  # numbers of v that `show` prints
 
@@ -134,17 +135,19 @@ def export(args):
     base = lora.portable_name(name)
     if args.to == "peft":
         rank = settings["rank"]
-        lora.write_peft(out, factors(model), rank, rank, dtype, base)
+        fingerprint = model.adapter["base"]
+        lora.write_peft(out, factors(model), rank, rank, dtype, base, fingerprint)
         lora.copy_files(folder, out, lora.TOKENIZER_FILES)
-        print(f"{out}: a LoRA of rank {rank} for {readable(base)}, in {dtype}; "
-              f"peft.PeftModel.from_pretrained(model, {str(out)!r}) loads it")
+        print(printable(f"{out}: a LoRA of rank {rank} for {base[:200]}, in {dtype}; "
+                        f"peft.PeftModel.from_pretrained(model, {str(out)!r}) loads it"))
         weights = "adapter_model.safetensors"
     else:
         state, unchanged, lost = merge(model, dtype)
         lora.save_model(out, state, folder, dtype)
-        print(f"{out}: {readable(base)} with the update merged, in {dtype}. Rounding left "
-              f"{unchanged:.1%} of the weights it should change as they were; what is left of the "
-              f"update is off by {lost:.1%} of its size")
+        print(printable(
+            f"{out}: {base[:200]} with the update merged, in {dtype}. Rounding left "
+            f"{unchanged:.1%} of the weights it should change as they were; what is left of the "
+            f"update is off by {lost:.1%} of its size"))
         weights = "model.safetensors"
     grown = size((out / weights).stat().st_size)
     print(f"{v.numel()} numbers, {size(v.nbytes)}, have become {grown}")
@@ -156,9 +159,9 @@ def show(args):
     path = Path(args.adapter)
     if path.is_dir():
         config = read_json(path / "adapter_config.json")
-        print(f"{path}: a LoRA in PEFT's format, rank {config.get('r')!r}, "
-              f"alpha {config.get('lora_alpha')!r}, "
-              f"for the model {config.get('base_model_name_or_path')!r}")
+        print(printable(f"{path}: a LoRA in PEFT's format, rank {config.get('r')!r}, "
+                        f"alpha {config.get('lora_alpha')!r}, "
+                        f"for the model {config.get('base_model_name_or_path')!r}"))
         return
     v, settings = read(path)
     dtype = {x: name for name, x in DTYPES.items()}[v.dtype]
@@ -170,8 +173,8 @@ def show(args):
     base = repr(settings["model"][:200]) if settings["model"] else "not named"
     numbers = " ".join(f"{x:+.4g}" for x in v[:SHOWN].tolist())
     more = " ..." if v.numel() > SHOWN else ""
-    print(f"{path}: {settings['method']}, {v.numel()} trained numbers in {dtype}: "
-          f"{v.nbytes} bytes, in a file of {path.stat().st_size}")
+    print(printable(f"{path}: {settings['method']}, {v.numel()} trained numbers in {dtype}: "
+                    f"{v.nbytes} bytes, in a file of {path.stat().st_size}"))
     print(f"numbers     {settings['groups']} {settings['tie']} ties x u {settings['u']}{n_tie}")
     print(f"rebuilt     from the base model's SVD of rank {settings['rank']} and {P}, "
           f"on {settings['targets'][:200]!r}")
