@@ -12,9 +12,9 @@ and, where problems are not just the JSON lines of train.jsonl and test.jsonl, a
 This task has three scores, always reported side by side, because much of a gain can be mere
 format (the paper reports strict; on lenient a reproduction gained far less):
 
-    strict   right is the number after the last "####" in the last 300 characters: the paper's
-             rule, but that no number is cut out of a longer expression (see MORE).
-    lenient  right is strict's number if there is one, else the last number anywhere in the text.
+    strict   the number after the last "####" in the last 300 characters is right: the paper's rule,
+             but that no number is cut out of a longer expression (support/plain_numbers.py).
+    lenient  right is strict's number, if there is one, else the last number anywhere in the text.
     format   strict's number exists. As the reward it is the control for mere format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
