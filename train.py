@@ -218,7 +218,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             result = evaluate(run, test_problems, f"evaluation after step {step + 1}", step + 1)
             row |= {f"eval_{name}": value for name, value in result.items()}
-        report.log_step(row, run, out, log_elsewhere)
+        report.log_step(row, run, out, log_elsewhere, problems, rollout, scores)
         state |= {"step": step + 1, "tokens": state["tokens"] + row["tokens"],
                   "seconds": time.time() - began}
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

@@ -3,12 +3,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
+from support import sandbox
 from support.errors import InputError
-from support.files import read_json, read_text
-from support.template import render
+from support.files import LARGEST_TOKENIZER, read_json, read_text
 
+LONGEST_PROMPT = 2**14  # tokens; a pass over a prompt needs memory for their square
 # The end-of-turn tokens of Qwen2.5 and Llama 3; a model may use any of those it has.
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # templates may use these
@@ -23,11 +22,7 @@ class Chat:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        tokenizer_json = read_text(self.folder / "tokenizer.json")
-        self.tokenizer_hash = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-        self.tokenizer = self._call(Tokenizer.from_str, tokenizer_json)
-        self.tokenizer.no_truncation()  # some files carry a length limit from their training
-        self.tokenizer.no_padding()
+        self.tokenizer = read_text(self.folder / "tokenizer.json", LARGEST_TOKENIZER)
         config = read_json(self.folder / "tokenizer_config.json")
         self.template = self._read_template(config)
         self.special = {}  # the special tokens' names and texts
@@ -38,11 +33,13 @@ class Chat:
             if isinstance(token, str):
                 self.special[name] = token
         self._render()
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        ends = [*END_OF_TURN]
+        if "eos_token" in self.special:
+            ends.append(self.special["eos_token"])
+        self.vocab, ids = self._tokenize("find", ends)
+        if not self.vocab:
             raise InputError(f"{self.folder / 'tokenizer.json'}: holds no tokens")
-        self.vocab = max(vocabulary.values()) + 1
-        self.stop_ids = self._read_stop_ids(vocabulary)
+        self.stop_ids = self._read_stop_ids(set(ids.values()))
 
     def _read_template(self, config):
         path = self.folder / "chat_template.jinja"  # newer checkpoints keep the template here
@@ -58,9 +55,8 @@ class Chat:
                              "use an instruct model")
         return template
 
-    def _read_stop_ids(self, vocabulary):
-        names = (*END_OF_TURN, self.special.get("eos_token"))
-        stop_ids = {vocabulary[name] for name in names if name in vocabulary}
+    def _read_stop_ids(self, stop_ids):
+        """The ids of end-of-turn tokens, and those that the two config files name."""
         for name in ("generation_config.json", "config.json"):
             path = self.folder / name
             if not path.is_file():
@@ -74,23 +70,17 @@ class Chat:
                              "config.json or the tokenizer")
         return stop_ids
 
-    def _call(self, function, *args, **kw):
-        """function(*args, **kw), where the tokenizers library may raise anything."""
-        try:
-            return function(*args, **kw)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a panic of its Rust code is not even an Exception
+    def _tokenize(self, question, value):
+        """The tokenizer's answer, see sandbox.tokenize."""
+        answer, error = sandbox.tokenize(self.tokenizer, question, value)
+        if error:
             raise InputError(f"{self.folder / 'tokenizer.json'}: "
-                             f"cannot be used as a tokenizer ({error})") from None
-
-    def _encode(self, text):
-        # The template writes the BOS token if there is one, so the tokenizer must not add another.
-        return self._call(self.tokenizer.encode, text, add_special_tokens=False).ids
+                             f"cannot be used as a tokenizer ({error})")
+        return answer
 
     def _render(self, values=None):
         """The text that the template makes of the values. Without values: check its syntax."""
-        text, error = render(self.template, values)
+        text, error = sandbox.render(self.template, values)
         if error:
             raise InputError(f"{self.folder}: its chat template fails ({error})")
         return text
@@ -109,13 +99,20 @@ class Chat:
 
     def prompt(self, prompt, system=None):
         """The token ids of a prompt."""
-        return self._encode(self.text(prompt, system))
+        ids = self._tokenize("encode", self.text(prompt, system))
+        if not ids:
+            raise InputError(f"{self.folder}: its chat template and tokenizer make nothing of a "
+                             "question")
+        if len(ids) > LONGEST_PROMPT:
+            raise InputError(f"a prompt has {len(ids):,} tokens ({prompt[:50]!r}...); "
+                             f"the limit is {LONGEST_PROMPT:,}")
+        return ids
 
     def response(self, prompt, response, system=None):
         """The token ids of a given response, up to and including the first stop token (for SFT)."""
         before = self.text(prompt, system)
         whole = self.text(prompt, system, response)
-        ids = self._encode(whole[len(before):])
+        ids = self._tokenize("encode", whole[len(before):])
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         if not whole.startswith(before) or not stops:
             raise InputError(f"{self.folder}: its chat template does not write an assistant's "
@@ -130,7 +127,7 @@ class Chat:
         if ids.dim() != 1 or mask.shape != ids.shape:
             raise ValueError(f"decode takes one row: ids (T,) and mask (T,), "
                              f"not {tuple(ids.shape)} and {tuple(mask.shape)}")
-        return self._call(self.tokenizer.decode, ids[mask].tolist(), skip_special_tokens=True)
+        return self._tokenize("decode", ids[mask].tolist())
 
     def limit_vocab(self, model):
         """Cut the model's logits to the ids that the tokenizer has; InputError if it has more."""
@@ -141,5 +138,6 @@ class Chat:
 
     def fingerprint(self):
         """A sha256 of all that the prompts' token ids and the ends of responses depend on."""
-        parts = [self.template, self.tokenizer_hash, self.special, sorted(self.stop_ids)]
+        tokenizer_hash = hashlib.sha256(self.tokenizer.encode()).hexdigest()
+        parts = [self.template, tokenizer_hash, self.special, sorted(self.stop_ids)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,5 @@
 """The one exception for mistakes of the user: a wrong flag, a damaged file, a missing folder."""
+from support.terminal import printable
 
 LONGEST = 2000  # characters of a message
 
@@ -12,4 +13,4 @@ class InputError(Exception):
         text = super().__str__()
         if len(text) > LONGEST:
             text = text[:LONGEST] + "..."
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return printable(text)

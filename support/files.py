@@ -13,8 +13,11 @@ from safetensors import SafetensorError
 
 from support.errors import InputError
 
-LARGEST = 64 << 20  # bytes of a JSON file or template; the largest tokenizers in use have half
-LARGEST_DATA = 1 << 30  # bytes of a .jsonl file
+# Bytes of a file; in memory its contents may be 25 times as large.
+LARGEST = 4 << 20  # of JSON, or a template
+LARGEST_TOKENIZER = 32 << 20  # that of Llama 3 has 17 MB; it is parsed in another process
+LARGEST_DATA = 256 << 20
+MOST_LINES = 2**20
 
 
 def make_folder(path):
@@ -47,8 +50,9 @@ def replacing(path):
             temporary.unlink()
 
 
-def read_text(path, largest=LARGEST):
-    """The text of a UTF-8 file. InputError if there is none or it has more than `largest` bytes.
+@contextmanager
+def reading(path, largest):
+    """A file of at most `largest` bytes, open for reading. InputError if there is none.
 
     Only ordinary files are read: opening a named pipe would wait for a writer forever.
     """
@@ -61,9 +65,16 @@ def read_text(path, largest=LARGEST):
         if size > largest:
             raise InputError(f"{path}: has {size:,} bytes; "
                              f"no file of its kind needs more than {largest:,}")
-        return path.read_bytes().decode()
+        with open(path, "rb") as file:
+            yield file
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def read_text(path, largest=LARGEST):
+    """The text of a UTF-8 file. InputError if there is none or it has more than `largest` bytes."""
+    with reading(path, largest) as file:
+        return file.read().decode()
 
 
 def parse_json(text):
@@ -94,23 +105,28 @@ def write_json(path, value):
 
 
 def read_jsonl(path):
-    """A file with one JSON object on each line -> a list of (line number, object).
+    """A file with one JSON object on each line -> its (line number, object), one after the other.
 
     Blank lines are skipped. InputError names the file and the line.
     """
-    rows = []
-    lines = read_text(path, LARGEST_DATA).split("\n")  # splitlines() would also cut at U+2028
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: is not a JSON object")
-        rows.append((number, row))
-    return rows
+    with reading(path, LARGEST_DATA) as file:
+        for number in range(1, MOST_LINES + 1):
+            line = file.readline(LARGEST + 1)
+            if not line:
+                return
+            if len(line) > LARGEST:
+                raise InputError(f"{path}, line {number}: has more than {LARGEST:,} bytes")
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: is not a JSON object")
+            yield number, row
+        if file.readline():
+            raise InputError(f"{path}: has more than {MOST_LINES:,} lines")
 
 
 def append_jsonl(path, rows):

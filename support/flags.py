@@ -4,6 +4,7 @@ A flag's value comes from the command line, else from tinylora.json in the model
 its row in RECIPE (train.py) or in PROGRAM below.
 """
 import argparse
+import math
 import os
 import re
 import sys
@@ -37,6 +38,8 @@ def within(kind, low, high):
     return convert
 
 
+MOST_NEW_TOKENS = 2**17  # no model here has a longer context
+MOST_TOKENS = 2**27  # that a step may sample: a GB of noise
 count = within(int, 1, 2**20)
 natural = within(int, 0, 2**31)
 seed = within(int, 0, 2**32 - 1)
@@ -62,7 +65,7 @@ PROGRAM = [
     ("chat", False, bool, "answer questions typed in, base and --adapter side by side"),
     ("alpha", None, positive, "LoRA's scale is alpha / rank (32)"),
     ("sigma", 0.2, positive, "es: how far from v it looks"),
-    ("samples", 4, natural, "responses of each evaluation kept in samples.jsonl"),
+    ("samples", 4, natural, "responses in samples.jsonl, of an evaluation or of every tenth step"),
     ("rollout-rows", 256, count, "rows sampled at once"),
     ("cuda-graph", False, bool, "sample with captured decode steps (fast/graph.py)"),
     ("tokens-per-micro-batch", None, count,
@@ -126,7 +129,7 @@ def parse(argv, description, recipe, rates):
         check_out(given.get("out"))
         settings = defaults | given
         settings["method"] = method_of(settings, given)
-        brought = folder_defaults(settings, rows, cli)
+        brought = folder_defaults(settings, rows, cli, given)
         settings = defaults | brought | given | {"method": settings["method"]}
     args = argparse.Namespace(**{name.replace("-", "_"): x for name, x in settings.items()})
     args.device = ranks.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -143,7 +146,11 @@ def parse(argv, description, recipe, rates):
 def typed(cli, words, path=None):
     """{flag: value} of a command line, or of the file that was turned into one."""
     try:
-        return {name.replace("_", "-"): x for name, x in vars(cli.parse_args(words)).items()}
+        given = {name.replace("_", "-"): x for name, x in vars(cli.parse_args(words)).items()}
+        for name, value in given.items():
+            if isinstance(value, str):
+                check_text(name, value)
+        return given
     except InputError as error:
         raise InputError(f"{path}: {error}" if path else str(error)) from None
 
@@ -188,7 +195,7 @@ def method_of(settings, given):
     return made
 
 
-def folder_defaults(settings, rows, cli):
+def folder_defaults(settings, rows, cli, given):
     """tinylora.json of the model's folder, if there is one, checked as a command line is."""
     folder = find_model(settings["model"])
     read_config(folder)  # complain of a wrong folder before any data is fetched
@@ -207,12 +214,20 @@ def folder_defaults(settings, rows, cli):
         if isinstance(value, bool) != (kind is bool) or isinstance(value, str) != text:
             raise InputError(f"{path}: {value!r} will not do for {key!r}")
         if name == "data" and value != "gsm8k":
-            inside = (path.parent / value).resolve()
-            if not inside.is_relative_to(path.parent.resolve()):
+            if "data" not in given and not is_inside(path.parent, value):
                 raise InputError(f"{path}: data {value!r} is not inside the model's folder")
             value = str(path.parent / value)
         words += as_words(name, value)
     return typed(cli, words, path)
+
+
+def is_inside(folder, data):
+    """True if the data lie in the folder even after all symbolic links are followed."""
+    try:
+        places = [(folder / data / name).resolve() for name in ("", "train.jsonl", "test.jsonl")]
+        return all(place.is_relative_to(folder.resolve()) for place in places)
+    except (OSError, RuntimeError, ValueError):  # a circle of links, a zero byte
+        return False
 
 
 def as_words(name, value):
@@ -237,7 +252,9 @@ def resumed_settings(given, rows, cli):
     for name in rows:
         words += as_words(name, config.get(name.replace("-", "_")))
     settings = {name: default for name, (default, _) in rows.items()} | typed(cli, words, path)
-    if given.get("steps", settings["steps"]) < (settings["steps"] or 0):
+    if settings["steps"] is None:
+        raise InputError(f"{path}: does not say how many steps the run has")
+    if given.get("steps", math.inf) < settings["steps"]:
         raise InputError(f"--steps {given['steps']}: the run in {folder} has {settings['steps']} "
                          f"steps already; give more")
     if given.get("steps") and settings["steps"]:  # as many warm-up updates as when it began
@@ -274,8 +291,13 @@ def check(args, given):
         raise InputError("--cuda-graph: is for --device cuda and --engine fast")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         raise InputError(f"--device {args.device}: use cpu, cuda or cuda:N")
-    for name in ("system", "instruction", "out", "model", "data"):
-        check_text(name, getattr(args, name) or "")
+    if args.max_new_tokens > MOST_NEW_TOKENS:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens}: the limit is {MOST_NEW_TOKENS}")
+    tokens = args.prompts * args.group * args.max_new_tokens
+    if tokens > MOST_TOKENS and not (args.eval_only or args.chat):
+        raise InputError(f"--prompts {args.prompts} x --group {args.group} x --max-new-tokens "
+                         f"{args.max_new_tokens}: {tokens:,} tokens a step; the limit is "
+                         f"{MOST_TOKENS:,}")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -284,11 +306,16 @@ def check(args, given):
 
 
 def check_text(name, value):
-    """InputError for bytes that are no text: Python hands them over as half surrogate pairs."""
+    """InputError for bytes that are no text: Python hands them over as half surrogate pairs.
+
+    A zero byte, which only a file can bring, is in no path.
+    """
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"--{name}: is not valid UTF-8") from None
+    if "\0" in value:
+        raise InputError(f"--{name}: holds a zero byte")
 
 
 def settle(args, scores, train_rows):

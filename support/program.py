@@ -1,6 +1,5 @@
 """How a program of this project ends: signals, exit codes, and one line for what went wrong."""
 import os
-import shlex
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from support import ranks
+from support import ranks, terminal
 from support.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -49,7 +48,7 @@ def resume_command(args):
     launcher = "python"
     if ranks.SIZE > 1:
         launcher = f"torchrun --nproc_per_node {ranks.SIZE}"
-    return f"{launcher} train.py --resume {shlex.quote(args.out)}"
+    return f"{launcher} train.py --resume {terminal.shell_word(args.out)}"
 
 
 def run_main(parse, work, resumable=False):
@@ -63,6 +62,7 @@ def run_main(parse, work, resumable=False):
     says how to go on.
     """
     args = None
+    terminal.prepare()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGTERM, raise_terminated)
     speaker = f"rank {ranks.RANK}: " if ranks.RANK else ""
@@ -102,7 +102,7 @@ def interrupted_hint(args):
     """What to say after "interrupted": where the run is, and how to go on with it."""
     if not Path(args.out).exists():
         return ""
-    hint = f"; what was done so far is in {args.out}"
+    hint = f"; what was done so far is in {terminal.printable(args.out)}"
     if not args.eval_only:
         hint += f"; to go on: {resume_command(args)}"
     return hint

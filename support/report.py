@@ -4,7 +4,6 @@ A task names its scores; `scores` is the list of these names. The score "strict"
 if there is none of this name, is the task's main score.
 """
 import resource
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from support import hints, ranks
 from support.errors import InputError
 from support.files import append_jsonl, make_folder, write_json
 from support.params import total_norm
+from support.terminal import printable, shell_word
 
 # The columns of a step line after the scores: key of the log row, format.
 COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f",
@@ -22,6 +22,7 @@ COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v
 MODES = ("greedy", "T = 1")  # how an evaluation samples; a pair (greedy, sampled) has this order
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a trained number, by --v-dtype
 FIRST_COLUMN = 24  # characters of the final table's first column, or more for long names
+ROLLOUTS_EVERY = 10  # steps: from the first, every tenth keeps some of its responses
 # What the scores of an evaluation depend on: repeated in the command that evaluates again.
 EVALUATION_FLAGS = ("data", "task", "instruction", "eval_count", "max_new_tokens", "dtype",
                     "system")
@@ -30,7 +31,7 @@ EVALUATION_FLAGS = ("data", "task", "instruction", "eval_count", "max_new_tokens
 def print_settings(settings):
     given = [f"{name}={value}" for name, value in settings.items()
              if value is not None and name != "resume"]
-    print("settings: " + "  ".join(given), flush=True)
+    print(printable("settings: " + "  ".join(given)), flush=True)
 
 
 def print_loaded(model, args, seconds):
@@ -104,11 +105,16 @@ def memory_gb(device):
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes, Linux kilobytes
 
 
-def log_step(row, run, out, log_elsewhere):
-    """Write a step's row to log.jsonl, to wandb if asked, and to the terminal."""
+def log_step(row, run, out, log_elsewhere, problems, rollout, scores):
+    """Write a step's row to log.jsonl, to wandb if asked, and to the terminal.
+
+    Now and then some of the responses that it learned from go to samples.jsonl.
+    """
     if not ranks.RANK:
         append_jsonl(out / "log.jsonl", [row])
         log_elsewhere(row)
+        if scores and row["step"] % ROLLOUTS_EVERY == 1:
+            write_rollouts(run, out, problems, rollout, scores, row["step"])
     print_step(row, run.args.steps, run.score_names)
     if row["step"] % hints.SILENT_STEPS == 0:
         hints.print_silence(out, run.args, last=hints.SILENT_STEPS)
@@ -152,14 +158,28 @@ def write_samples(run, rows, texts, step, sampled):
     """Append the first responses of an evaluation to samples.jsonl."""
     if ranks.RANK:
         return
-    args = run.args
+    samples = [{"step": step, "sampled": sampled} | sample(run, row, text)
+               for row, text in list(zip(rows, texts))[:run.args.samples]]
+    append_jsonl(Path(run.args.out) / "samples.jsonl", samples)
+
+
+def write_rollouts(run, out, problems, rollout, scores, step):
+    """Append the first --samples responses of a step, with their scores: whole groups, in order."""
+    group = len(rollout.prompts) // len(problems)
     samples = []
-    for row, text in list(zip(rows, texts))[:args.samples]:
-        prompt = run.task.prompt(row, args.instruction)
-        samples.append({"step": step, "sampled": sampled,
-                        "prompt": run.chat.text(prompt, args.system),
-                        "response": text, "answer": row.get("answer")})
-    append_jsonl(Path(args.out) / "samples.jsonl", samples)
+    for i in range(min(run.args.samples, len(rollout.prompts))):
+        text = run.chat.decode(rollout.ids[i].cpu(), rollout.mask[i].cpu())
+        rewards = {name: values[i].item() for name, values in scores.items()}
+        samples.append({"step": step, "sampled": True, "rewards": rewards}
+                       | sample(run, problems[i // group], text))
+    append_jsonl(out / "samples.jsonl", samples)
+
+
+def sample(run, problem, text):
+    """What samples.jsonl says of a response."""
+    prompt = run.task.prompt(problem, run.args.instruction)
+    return {"prompt": run.chat.text(prompt, run.args.system), "response": text,
+            "answer": problem.get("answer")}
 
 
 def print_evaluation(label, result, count, seconds, scores):
@@ -199,7 +219,7 @@ def print_next(args, saved):
         value = getattr(args, name, None)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    print("next: python train.py --eval-only " + shlex.join(flags))
+    print("next: python train.py --eval-only " + " ".join(map(shell_word, flags)))
 
 
 def main_score(scores):

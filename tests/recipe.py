@@ -115,7 +115,7 @@ class Recipe:
         return response
 
     def text(self, response):
-        return self.chat.tokenizer.decode(response, skip_special_tokens=True)
+        return self.chat.decode(torch.tensor(response), torch.ones(len(response), dtype=bool))
 
     def score(self, response, row):
         return self.task["score"](self.text(response), row)

@@ -15,8 +15,9 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # before the 
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
 
-from support import template
+from support import sandbox
 from support.chat_format import Chat
 from support.checkpoint import read_config, shard_files
 from support.errors import InputError
@@ -48,9 +49,9 @@ def test_a_pipe_is_refused(read, tmp_path):
     """A named pipe without a writer: opening it would wait forever."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="no such file.*not an ordinary file"):
-        read(tmp_path / "pipe")
+        list(read(tmp_path / "pipe"))
     with pytest.raises(InputError, match="no such file$"):
-        read(tmp_path / "nothing")
+        list(read(tmp_path / "nothing"))
 
 
 def test_too_large_and_not_text(tmp_path):
@@ -66,12 +67,12 @@ def test_too_large_and_not_text(tmp_path):
 def test_jsonl_names_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "\u2028"}\n\n{"b": 1}\n')
-    assert read_jsonl(path) == [(1, {"a": "\u2028"}), (3, {"b": 1})]
+    assert list(read_jsonl(path)) == [(1, {"a": "\u2028"}), (3, {"b": 1})]
     for text, words in (('{}\n{bad\n', "line 2: not JSON"), ("{}\n\n[1]\n", "line 3: is not"),
                         ('{"a": "\\ud800"}', "line 1: not JSON"), ("[" * 100000, "line 1: not")):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
-            read_jsonl(path)
+            list(read_jsonl(path))
 
 
 def test_rows_are_appended_all_or_none(tmp_path):
@@ -184,10 +185,10 @@ def test_what_is_no_folder_and_no_hub_name():
 HOSTILE = {  # templates and words of the message; a slow machine may reach the time limit first
     "count forever": ("{% for a in range(99999) %}{% for b in range(99999) %}"
                       "{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", "CPU"),
-    "10 GB at once": ("{{ 'x' * 10**10 }}", "Memory|1024 MB"),
+    "10 GB at once": ("{{ 'x' * 10**10 }}", "Memory|640 MB"),
     "10 GB by doubling": ("{% set n = namespace(s='x') %}{% for i in range(60) %}"
-                          "{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}", "Memory|1024 MB"),
-    "10 GB by formatting": ("{{ '{:>9999999999}'.format(1) }}", "Memory|1024 MB"),
+                          "{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}", "Memory|640 MB"),
+    "10 GB by formatting": ("{{ '{:>9999999999}'.format(1) }}", "Memory|640 MB"),
     "a prompt of 5 MB": ("{% for i in range(5000) %}{{ 'x' * 1000 }}{% endfor %}", "1,000,000"),
     "calling itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "Recursion"),
     "a deep expression": ("{{ " + "-" * 200000 + "1 }}", "Recursion"),
@@ -218,19 +219,19 @@ def test_an_interrupted_rendering_is_not_the_next_ones_answer(monkeypatch):
     """Ctrl-C between question and answer: the answer must not be read as the next one."""
     def interrupt():
         raise KeyboardInterrupt
-    assert template.render("{{ x }}", {"x": "first"}) == ["first", None]
+    assert sandbox.render("{{ x }}", {"x": "first"}) == ["first", None]
     with monkeypatch.context() as patch:
-        patch.setattr(template.child.stdout, "readline", interrupt)
+        patch.setattr(sandbox.child.stdout, "readline", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            template.render("{{ x }}", {"x": "second"})
-    assert template.render("{{ x }}", {"x": "third"}) == ["third", None]
+            sandbox.render("{{ x }}", {"x": "second"})
+    assert sandbox.render("{{ x }}", {"x": "third"}) == ["third", None]
 
 
 def test_stop_ids_come_from_everywhere(tmp_path):
     """Bug 3: two config files (a list or one id), the tokenizer's eos_token, the known names."""
-    toy = Chat(TOY)
-    ends = {toy.tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")}
-    assert toy.stop_ids == ends
+    tokenizer = Tokenizer.from_file(str(TOY / "tokenizer.json"))
+    ends = {tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")}
+    assert Chat(TOY).stop_ids == ends
     config = json.loads((TOY / "tokenizer_config.json").read_text())
     config["eos_token"] = {"content": "Q"}
     config["chat_template"] = [
@@ -240,7 +241,7 @@ def test_stop_ids_come_from_everywhere(tmp_path):
                       generation_config__json='{"eos_token_id": [7, 9, true, -1, 10000000]}',
                       config__json='{"eos_token_id": 11}')
     chat = Chat(folder)
-    assert chat.stop_ids == ends | {7, 9, 11, chat.tokenizer.token_to_id("Q")}
+    assert chat.stop_ids == ends | {7, 9, 11, tokenizer.token_to_id("Q")}
     assert chat.text("x") == "Qx"
     (folder / "chat_template.jinja").write_text("jinja file: {{ messages[0].content }}")
     assert Chat(folder).text("x") == "jinja file: x"
@@ -261,8 +262,9 @@ def test_real_qwen_template_and_stop_ids():
 def test_text_after_the_stop_token_is_not_decoded():
     """Bug 4: neither the stop token nor what follows it reaches the scorer."""
     chat = Chat(TOY)
-    ids = torch.tensor(chat.tokenizer.encode("#### 12<|im_end|>#### 99").ids)
-    mask = torch.arange(len(ids)) <= ids.tolist().index(chat.tokenizer.token_to_id("<|im_end|>"))
+    tokenizer = Tokenizer.from_file(str(TOY / "tokenizer.json"))
+    ids = torch.tensor(tokenizer.encode("#### 12<|im_end|>#### 99").ids)
+    mask = torch.arange(len(ids)) <= ids.tolist().index(tokenizer.token_to_id("<|im_end|>"))
     assert chat.decode(ids, mask) == "#### 12"
     with pytest.raises(ValueError, match="decode takes one row"):  # two rows became one text
         chat.decode(ids[None], mask[None])

@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from helpers import ASSETS, TINY_RUN, TOY, needs_assets, one_error, read_rows
 
@@ -213,7 +214,8 @@ def test_the_toy_is_held_out_and_small(make, tmp_path):
     assert not {r["question"] for r in train_rows} & {r["question"] for r in test_rows}
     assert (TOY / "model.safetensors").stat().st_size <= 8e6
     chat = Chat(TOY)
-    digits = [token for token in chat.tokenizer.encode("12 345").tokens if token.isdigit()]
+    tokenizer = Tokenizer.from_file(str(TOY / "tokenizer.json"))
+    digits = [token for token in tokenizer.encode("12 345").tokens if token.isdigit()]
     assert digits == list("12345")
     assert make.INSTRUCTION == gsm8k.INSTRUCTION
     question = "Q?" + gsm8k.INSTRUCTION
@@ -243,7 +245,8 @@ def test_solutions_end_with_a_stop_token():
     assert problem["solution"] == "9 * 2 = 18\n#### 18"
     chat = Chat(TOY)
     ids = chat.response("Q?", problem["solution"])
-    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    tokenizer = Tokenizer.from_file(str(TOY / "tokenizer.json"))
+    text = tokenizer.decode(ids, skip_special_tokens=False)
     assert text == problem["solution"] + "<|im_end|>"
 
 

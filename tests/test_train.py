@@ -68,7 +68,7 @@ def test_flags_reach_the_run(tmp_path):
     trained = json.loads((out / "config.json").read_text())["trained"]
     assert trained["tie"] == "structured" and trained["groups"] == 14
     samples = read_rows(out / "samples.jsonl")
-    assert len(samples) == 2 * 4  # two evaluations, greedy and sampled
+    assert len(samples) == 2 * 4 + 2  # two evaluations, greedy and sampled; a step's rollouts
     for sample in samples:
         assert sample["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
     v = load_file(out / "adapter.safetensors")["v"]

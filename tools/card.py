@@ -4,6 +4,7 @@ from pathlib import Path
 from support.errors import InputError
 from support.files import read_json, replacing
 from support.report import main_score, with_error
+from support.terminal import printable
 
 PEFT = """```python
 from peft import PeftModel
@@ -25,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained({out!r})
 
 def readable(text):
     """A text from somebody else's file in one line, at most 200 characters of it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+    return printable(text[:200])
 
 
 def scores_table(path):

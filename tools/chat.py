@@ -17,6 +17,7 @@ from support.data import load_task
 from support.errors import InputError
 from support.hub import find_model
 from support.params import with_values
+from support.terminal import printable
 from support.threads import choose_threads
 
 # Of GSM8K's kind: the data itself would have to be fetched for two questions.
@@ -50,11 +51,6 @@ def split_prompt(task, row, instruction):
     return text, prompt[len(text):]
 
 
-def printable(text):
-    """The text with line breaks, but without codes that the terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
 def one_line(text):
     return printable(" ".join(text.split()))
 
@@ -65,7 +61,8 @@ def answers(model, chat, engine, params, args, prompt):
 
     def answer():
         rollout = engine.generate(model, [ids], 1, args.max_new_tokens, chat.stop_ids, 0.0)
-        return printable(chat.decode(rollout.ids[0].cpu(), rollout.mask[0].cpu()))
+        text = chat.decode(rollout.ids[0].cpu(), rollout.mask[0].cpu())
+        return printable(text, keep="\n")
 
     with with_values(params, [torch.zeros_like(p) for p in params]):
         texts = {"base": answer()}
@@ -87,7 +84,7 @@ def read_question():
     """The next line typed, or None at the end. InputError if it is no text."""
     try:
         question = input("\n> ").strip()
-    except EOFError:
+    except (EOFError, RuntimeError):  # the second: stdin is closed
         return None
     try:
         question.encode()
@@ -98,9 +95,8 @@ def read_question():
 
 def converse(args):
     """Read questions and print answers, until an empty line or Ctrl-D."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):  # bytes that are no text must not end the program
-            stream.reconfigure(errors=errors)
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text must not end the program
+        sys.stdin.reconfigure(errors="surrogateescape")
     task = load_task(args.task) if args.task else gsm8k
     examples = read_examples(task, args)
     folder = find_model(args.model)

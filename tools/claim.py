@@ -6,6 +6,7 @@ setting. Runs of other methods are dashed lines at what they reached, and so is 
 from pathlib import Path
 
 from support.errors import InputError
+from support.terminal import printable
 from tools.runs import by_setting, mean_and_band, panel, pyplot, save
 
 MODES = (("greedy", "tab:blue"), ("T = 1", "tab:orange"))
@@ -149,5 +150,5 @@ def draw(runs, out):
                   bbox_to_anchor=(0.065, 0), fontsize=9, frameon=False)
     figure.subplots_adjust(left=0.075, right=0.76, top=0.92, bottom=0.255)
     save(figure, out)
-    print(f"{out}: {len(members)} run{'s' if len(members) > 1 else ''} as the curve, "
-          f"dashed: {', '.join(['untrained', *others])}")
+    print(printable(f"{out}: {len(members)} run{'s' if len(members) > 1 else ''} as the curve, "
+                    f"dashed: {', '.join(['untrained', *others])}"))

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.errors import InputError
 from support.flags import Parser
 from support.program import run_main
+from support.terminal import printable
 from tools import claim
 from tools.runs import NORM, by_setting, mean_and_band, pyplot, read_run, save
 
@@ -92,8 +93,8 @@ def draw(runs, out):
     figure.legend(handles.values(), handles.keys(), loc="lower center", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, legend / height, 1, 1))
     save(figure, out)
-    print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''} "
-          f"of {len(groups)} setting{'s' if len(groups) > 1 else ''}")
+    print(printable(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''} "
+                    f"of {len(groups)} setting{'s' if len(groups) > 1 else ''}"))
 
 
 def parse(argv):
