@@ -142,7 +142,7 @@ class Attention(nn.Module):
         q = q.reshape(B, -1, n * T, self.head_dim)  # (B, KV, n T, D)
         # not is_causal=True: with a cache torch aligns that triangle to the top left
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, n, 1))
-        y = y.view(B, -1, T, self.head_dim)  # (B, H, T, D)
+        y = y.reshape(B, -1, T, self.head_dim)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
