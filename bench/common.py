@@ -23,18 +23,22 @@ SHAPES = {"toy": (576, 128, 384, 4, 4, 2, 32, True),
           "135M": (49152, 576, 1536, 30, 9, 3, 64, True),
           "0.5B": (151936, 896, 4864, 24, 14, 2, 64, True),
           "1.5B": (151936, 1536, 8960, 28, 12, 2, 128, True),
+          "3B": (151936, 2048, 11008, 36, 16, 2, 128, True),
           "7B": (152064, 3584, 18944, 28, 28, 4, 128, False)}
+
+
+clock = time.perf_counter  # in scale.py's dry run: the seconds that were counted
 
 
 def seconds(f):
     """(how long f() took, its result)"""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     result = f()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def median_seconds(f, rounds):
@@ -64,11 +68,14 @@ def settings(device, **changes):
     return SimpleNamespace(**defaults | changes)
 
 
+def config_of(shape):
+    return Config("qwen2", *shape[:7], 1e-6, 1e6, None, shape[7])
+
+
 @torch.no_grad()
 def random_model(shape, device, dtype):
     """A Transformer of a shape as in SHAPES with random weights."""
-    tied = shape[7]
-    config = Config("qwen2", *shape[:7], 1e-6, 1e6, None, tied)
+    config = config_of(shape)
     with torch.device("meta"):
         model = transformer.Transformer(config)
     model = model.to_empty(device=device).to(dtype).requires_grad_(False)

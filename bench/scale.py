@@ -15,6 +15,10 @@ weights need no gradients; the head's second forward is not counted). Times are 
 a decode step's is the difference of two rollouts' lengths, so the pass over the prompts is not in
 it. What fails costs its own figures only, and nothing is begun after --minutes. The last line is
 JSON. --engine plain measures the plain engine.
+
+--dry: what a GPU would be asked to do, on one that does not exist (tools/dry.py), with few tokens.
+It shows that the script and the program run through; its "seconds" are counted, each operation
+at the speeds given, and say nothing of a real GPU.
 """
 import argparse
 import contextlib
@@ -22,7 +26,9 @@ import json
 import sys
 import time
 
-from common import SHAPES, limited, median_seconds, random_model, seconds, settings, wrapped
+import common
+from common import (SHAPES, config_of, limited, median_seconds, random_model, seconds, settings,
+                    wrapped)
 
 import numpy as np
 import torch
@@ -30,6 +36,7 @@ import torch
 import fast
 import grpo
 from fast import graph, training
+from tools import dry
 
 MEAN = 301  # response tokens of the paper's recipe
 
@@ -58,7 +65,7 @@ class Bench:
         self.engine = grpo if args.engine == "plain" else fast
 
     def start(self, shape):
-        self.model = random_model(SHAPES[shape], self.args.device, self.args.dtype)
+        self.model = self.made(SHAPES[shape])
         c = self.model.config
         table = self.model.embed_tokens.weight
         self.head = table.numel()
@@ -70,6 +77,11 @@ class Bench:
         v, figures = wrapped(self.model, 5 * self.args.rounds)
         self.optimizer = torch.optim.AdamW([v], lr=0.0)
         return figures
+
+    def made(self, shape):
+        if self.args.dry:
+            return dry.load(self.args.dry, config_of(shape), self.args.dtype)
+        return random_model(shape, self.args.device, self.args.dtype)
 
     def prompts(self, P):
         return self.rng.randint(0, 500, (P, self.args.prompt)).tolist()
@@ -127,11 +139,11 @@ class Bench:
     def recipe(self, graphs):
         """Hours for 350 steps of 64 problems x 4 responses, from one step measured after another.
 
-        The lengths are log-normal, 301 tokens on average and at most 1024.
+        The lengths are log-normal, 301 tokens on average and at most 1024 (in a dry run 16).
         """
         batch = 256
         lengths = np.exp(0.5 * np.random.RandomState(1).standard_normal(batch))
-        lengths = np.clip(lengths * MEAN / lengths.mean(), 16, 1024).astype(int)
+        lengths = np.clip(lengths * MEAN / lengths.mean(), 16, self.args.longest).astype(int)
         limit = torch.from_numpy(lengths).to(self.args.device)
         prompts = self.prompts(64)
         noise = self.rng.random_sample((batch, int(limit.max())))
@@ -153,8 +165,8 @@ def same(args, ceiling, dtype):
     b = Bench(argparse.Namespace(**vars(args) | {"dtype": dtype, "rounds": 1}), ceiling)
     b.start("toy")
     prompts = b.prompts(8)
-    noise = b.rng.random_sample((32, 300))
-    limit = torch.arange(12, 300, 9, device=args.device)
+    limit = torch.arange(12, 300, 9, device=args.device).clamp(max=args.longest)
+    noise = b.rng.random_sample((32, int(limit.max())))
     want = b.sample(prompts, 4, noise, limit)
     result = {}
     for name in ("captured", "replayed"):
@@ -191,39 +203,56 @@ class Report:
 
 
 def parse():
-    cuda = torch.cuda.is_available()
     cli = argparse.ArgumentParser(description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--shapes", nargs="+", choices=list(SHAPES),
-                     default=["7B", "1.5B", "0.5B"] if cuda else ["toy", "135M"],
                      help="for the last one, group and length are varied too")
-    cli.add_argument("--batches", nargs="+", type=int,
-                     default=[16, 64, 256] if cuda else [8, 32, 128])
-    cli.add_argument("--tokens", type=int, default=256 if cuda else 64, help="longest response")
-    cli.add_argument("--prompt", type=int, default=150 if cuda else 64, help="tokens of a prompt")
-    cli.add_argument("--rounds", type=int, default=2 if cuda else 3)
+    cli.add_argument("--batches", nargs="+", type=int)
+    cli.add_argument("--tokens", type=int, help="longest response")
+    cli.add_argument("--prompt", type=int, help="tokens of a prompt")
+    cli.add_argument("--rounds", type=int)
     cli.add_argument("--engine", default="fast", choices=["fast", "plain"])
-    cli.add_argument("--minutes", type=float, default=9.0 if cuda else 60.0,
-                     help="nothing is begun after this long")
-    args = cli.parse_args()
+    cli.add_argument("--minutes", type=float, help="nothing is begun after this long")
+    cli.add_argument("--dry", action="store_true", help="count on a GPU that does not exist")
+    given = cli.parse_args()
+    cuda = given.dry or torch.cuda.is_available()
+    defaults = {"shapes": ["toy", "135M"], "batches": [8, 32, 128], "tokens": 64, "prompt": 64,
+                "rounds": 3, "minutes": 60.0}
+    if cuda:
+        defaults = {"shapes": ["7B", "1.5B", "0.5B"], "batches": [16, 64, 256], "tokens": 256,
+                    "prompt": 150, "rounds": 2, "minutes": 9.0}
+    if given.dry:
+        defaults |= {"tokens": 8, "rounds": 1, "minutes": 60.0}
+    chosen = {name: value for name, value in vars(given).items() if value is not None}
+    args = argparse.Namespace(**defaults | chosen)
     sizes = (args.tokens < 8, args.prompt < 1, args.rounds < 1)
     if any(n < 8 or n % 8 for n in args.batches) or any(sizes):
         cli.error("--batches are multiples of 8, as groups are of up to 8; --tokens 8, --prompt 1 "
                   "and --rounds 1 are the least")
     args.device = "cuda" if cuda else "cpu"
     args.dtype = torch.bfloat16 if cuda else torch.float32
+    args.longest = 16 if args.dry else 1024  # response of the recipe
     return args
 
 
 def main():
     args = parse()
+    if not args.dry:
+        return measure(args)
+    with dry.gpu() as machine:
+        args.dry = machine
+        common.clock = lambda: machine.seconds
+        return measure(args)
+
+
+def measure(args):
     cuda = args.device == "cuda"
     graphs = [True, False] if cuda and args.engine == "fast" else [False]
     report = Report(args)
     ceiling = ceilings(args)
     device = f"CPU, {torch.get_num_threads()} threads"
     if cuda:
-        device = torch.cuda.get_device_name()
+        device = "none: a dry run" if args.dry else torch.cuda.get_device_name()
     report.figures |= {"device": device, "torch": torch.__version__, "engine": args.engine,
                        "GB/s": round(ceiling[0] / 1e9, 1), "TFLOP/s": round(ceiling[1] / 1e12, 3)}
     print(report.figures, flush=True)

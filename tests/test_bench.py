@@ -42,6 +42,23 @@ def test_scale():
     assert result["toy, batch 8, group 4, 8 tokens, update"]["tokens a micro-batch"] == 2048
 
 
+def test_scale_on_a_gpu_that_does_not_exist(monkeypatch, capsys):
+    """The part of the script that only a GPU would run: ceilings, the graph, the recipe."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import common
+    import scale
+    monkeypatch.setattr(common, "clock", common.clock)  # which a dry run replaces
+    monkeypatch.setitem(scale.SHAPES, "toy", (576, 128, 384, 1, 4, 2, 32, True))  # of one layer
+    monkeypatch.setattr(sys, "argv", ["scale.py", *"--dry --shapes toy --batches 8".split()])
+    scale.main()
+    text = capsys.readouterr().out
+    result = json.loads(text.splitlines()[-1])
+    assert "failed" not in text and result["TFLOP/s"] == 989.0
+    graph = result["graph against plain, torch.bfloat16"]["replayed"]
+    assert graph["rows with the same tokens"] == "32 of 32"
+    assert result["toy, the paper's recipe, graph"]["response tokens"] == 256 * 16
+
+
 SMALL = ("--problems", "2", "--group", "2", "--tokens", "8", "--rounds", "1")
 
 

@@ -15,6 +15,7 @@ import model as transformer
 import tinylora
 from fast import cache, lanczos, sampling, training
 from tools import dry
+from tools.machine import Mistake
 
 ENGINES = {"plain": grpo, "fast": fast}
 ARGS = SimpleNamespace(clip_low=0.2, clip_high=0.4, kl=0.0, grad_clip=1.0, v_dtype="fp32",
@@ -22,14 +23,9 @@ ARGS = SimpleNamespace(clip_low=0.2, clip_high=0.4, kl=0.0, grad_clip=1.0, v_dty
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10], [11]]
 
 
-def one_round(weights, rank):
-    """The fast SVD as far as shapes go: values, and so convergence, are not to be had."""
-    return (lanczos.truncated_svd(W, rank, tol=1.0) for W in weights)
-
-
 def adapted(machine, engine, c=None):
     model = dry.load(machine, c or config(layers=1), torch.bfloat16)
-    return model, tinylora.adapt(model, 7, svd=one_round if engine is fast else tinylora.svd)
+    return model, tinylora.adapt(model, 7, svd=engine.svd)
 
 
 def sample(engine, model, tokens, group=4, stops=(-1,)):
@@ -88,9 +84,7 @@ def test_a_tensor_made_on_the_cpu_is_found(module, name, right, wrong, monkeypat
         if vars(user).get(name) is before:
             monkeypatch.setattr(user, name, space[name])
     engine = grpo if module in (grpo, transformer, tinylora) else fast
-    monkeypatch.setattr(tinylora, "svd", lambda weights, rank: (tinylora.truncated_svd(W, rank)
-                                                                for W in weights))
-    with pytest.raises(dry.Mistake, match="both devices"):
+    with pytest.raises(Mistake, match="both devices"):
         whole_step(engine)
 
 
