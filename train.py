@@ -4,8 +4,8 @@
     python train.py --params 13 --model Qwen/Qwen2.5-7B-Instruct  # the paper's, on one GPU
     python train.py --eval-only --model M --data D [--adapter A]
     python train.py --chat [--adapter A]          # ask it something
-    python train.py --resume DIR [--steps N]      # go on with a run that stopped, or extend it
-    torchrun --nproc_per_node 8 train.py ...      # many GPUs, or CPUs (support/ranks.py)
+    python train.py --resume DIR [--steps N]      # go on with a run, or extend it
+    torchrun --nproc_per_node 8 train.py ...      # many GPUs, or CPUs
 """
 import importlib
 import sys
@@ -187,8 +187,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
         if args.algo == "grpo":
             keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
             noise = grpo.uniforms(keys, args.max_new_tokens)
-            label = f"step {step + 1}"
-            rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
+            rollout = roll_out(run, problems, args.group, noise, args.temperature, f"step {step + 1}")
             _, scores = score(run, rollout, problems)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
             rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
@@ -250,10 +249,14 @@ def work(args):
         settings = resume.begin(args, out, [train_problems, test_problems])
         folder = find_model(args.model)
         chat = Chat(folder)
-        model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
+        engine = importlib.import_module("fast") if args.engine == "fast" else grpo
+        load = transformer.load
+        if args.shard:
+            from fast.shard import in_parts, load
+            engine = in_parts(engine)
+        model = load(folder, tinylora.DTYPES[args.dtype], args.device)
         chat.limit_vocab(model)  # model.vocab: only ids that the tokenizer has
         choose_threads(model, args.device)
-        engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         report.print_loaded(model, args, time.time() - began)
         params = adapt(model, args, engine) if args.adapter or not args.eval_only else []
         resume.complete(settings, args, out, model, chat)

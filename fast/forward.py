@@ -110,8 +110,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def as_it_is(x):
+    return x
+
+
 def run_block(block, layer, x, rope, attend, project):
     """One transformer block, x (N, C) -> (N, C)."""
+    total = getattr(block, "total", as_it_is)  # over the parts of a model, see shard.py
     attention = block.self_attn
     mlp = block.mlp
     D = attention.head_dim
@@ -122,11 +127,11 @@ def run_block(block, layer, x, rope, attend, project):
     heads = torch.cat(heads, 1).view(len(x), -1, D)  # (N, H + 2 KV, D)
     qk = rotate(heads[:, :-KV], *rope)  # (N, H + KV, D): one rotation for both
     y = attend(layer, qk[:, :-KV], qk[:, -KV:], heads[:, -KV:])  # (N, H * D)
-    x = x + project(attention.o_proj, y)
+    x = x + total(project(attention.o_proj, y))
 
     normed = block.post_attention_layernorm(x)
     gated = F.silu(project(mlp.gate_proj, normed)) * project(mlp.up_proj, normed)
-    return x + project(mlp.down_proj, gated)
+    return x + total(project(mlp.down_proj, gated))
 
 
 def forward(model, ids, positions, attend, project, recompute=False):

@@ -163,11 +163,12 @@ def shard_files(folder):
     return [folder / name for name in names]
 
 
-def read_weights(folder, config, shapes, dtype, device):
+def read_weights(folder, config, shapes, dtype, device, cut=None):
     """{name: tensor} of all shards, each cast to `dtype` on `device` as its shard is read.
 
-    shapes: {name: shape} of exactly the tensors that the model of this config has. InputError if
-    one is missing, damaged, of another shape or quantised, or if there is one too many.
+    shapes: {name: shape} of exactly the tensors that the model of this config has. cut(name,
+    tensor): the part of it that is kept (fast/shard.py). InputError if one is missing, damaged, of
+    another shape or quantised, or if there is one too many.
     """
     weights = {}
     for shard in shard_files(folder):
@@ -182,6 +183,8 @@ def read_weights(folder, config, shapes, dtype, device):
                                          f"{config.model_type} model of this config")
                     tensor = file.get_tensor(full_name)  # mapped, not read yet
                     check_tensor(f"{shard}: {full_name}", tensor, shapes[name])
+                    if cut is not None:
+                        tensor = cut(name, tensor)
                     # a copy: the file may change under a memory-mapped tensor
                     weights[name] = tensor.to(dtype, copy=True)
         except (SafetensorError, OSError) as error:
@@ -208,7 +211,6 @@ def check_tensor(where, tensor, shape):
         raise InputError(f"{where} is {tensor.dtype}; quantised weights are not supported")
 
 
-@torch.no_grad()
 def fingerprint(model):
     """Which model this is, in two or three sha256 with colons between them:
 
@@ -216,12 +218,12 @@ def fingerprint(model):
     2. of every weight, rounded to bf16: a checkpoint in fp32 and in bf16 is one model
     3. of every weight as it is, where the model is in fp32
 
-    Half a second for a GB of weights in fp32, a third in bf16. Two are compared by same_base.
+    Half a second for a GB of weights in fp32, a third in bf16. Two are compared by same_base. A
+    part of a model (fast/shard.py) carries the fingerprint of the whole.
     """
-    parts = [sparse_fingerprint(model), full_fingerprint(model, torch.bfloat16)]
-    if model.embed_tokens.weight.dtype in (torch.float32, torch.float64):
-        parts.append(full_fingerprint(model, torch.float32))
-    return ":".join(parts)
+    if hasattr(model, "whole"):
+        return model.whole
+    return joined(model.config, {name: probe(x) for name, x in model.named_parameters()})
 
 
 def same_base(a, b):
@@ -229,33 +231,39 @@ def same_base(a, b):
     return all(x == y for x, y in zip(a.split(":"), b.split(":")))
 
 
-def sparse_fingerprint(model):
-    """sha256 of the config and of 64 evenly spaced values of every weight, each rounded to bf16."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64)
-        values = flat[index.long().to(flat.device)].to(torch.bfloat16).cpu()
-        digest.update(name.encode() + values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+@torch.no_grad()
+def probe(weight):
+    """What each part of the fingerprint has of a weight, as bytes."""
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64)
+    values = flat[index.long().to(flat.device)].to(torch.bfloat16).cpu()
+    parts = [values.view(torch.int16).numpy().tobytes(), sums_of_bits(flat, torch.bfloat16)]
+    if weight.dtype in (torch.float32, torch.float64):
+        parts.append(sums_of_bits(flat, torch.float32))
+    return parts
 
 
-def full_fingerprint(model, dtype):
-    """sha256 of every weight in `dtype`, or rather of the sums of its bits.
+def sums_of_bits(flat, dtype):
+    """A weight in `dtype` -> bytes in which a change in any one word of 8 bytes shows.
 
-    A word of 8 bytes is multiplied by an odd number, and 2**16 products are added up, modulo
-    2**64: a change in one word always shows. These sums are exact in any order and on any device,
-    and several times faster than a sha256 of the bytes.
+    A word is multiplied by an odd number, and 2**16 products are added up, modulo 2**64. These
+    sums are exact in any order and on any device, and several times faster than a sha256 of all.
     """
     random = np.random.RandomState(0).bytes(8 * WORDS)
-    factors = torch.frombuffer(bytearray(random), dtype=torch.int64).bitwise_or(1)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        factors = factors.to(weight.device)
-        sums = []
-        for part in weight.flatten().split(8 * WORDS // dtype.itemsize):
-            bits = part.to(dtype).view(torch.uint8)
-            bits = F.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
-            sums.append((bits * factors[:len(bits)]).sum())
-        digest.update(name.encode() + torch.stack(sums).cpu().numpy().tobytes())
-    return digest.hexdigest()
+    factors = torch.frombuffer(bytearray(random), dtype=torch.int64).bitwise_or(1).to(flat.device)
+    sums = []
+    for part in flat.split(8 * WORDS // dtype.itemsize):
+        bits = part.to(dtype).view(torch.uint8)
+        bits = F.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
+        sums.append((bits * factors[:len(bits)]).sum())
+    return torch.stack(sums).cpu().numpy().tobytes()
+
+
+def joined(config, probes):
+    """The fingerprint of {name of a weight: its probe}."""
+    settings = json.dumps(asdict(config), sort_keys=True).encode()
+    digests = [hashlib.sha256(settings), hashlib.sha256(), hashlib.sha256()]
+    for name, parts in sorted(probes.items()):
+        for digest, values in zip(digests, parts):
+            digest.update(name.encode() + values)
+    return ":".join(digest.hexdigest() for digest, _ in zip(digests, parts))

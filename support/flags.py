@@ -71,6 +71,7 @@ PROGRAM = [
     ("tokens-per-micro-batch", None, count,
      "per forward and backward (2048 on a CPU; 65536 on cuda, halved when memory runs out)"),
     ("recompute", False, bool, "activation checkpointing: less memory, a third more time"),
+    ("shard", False, bool, "under torchrun: each process holds a part of the model"),
     ("out", None, str, "where the run is written (runs/<time>)"),
     ("wandb", None, str, "also log to this Weights & Biases project"),
     ("save-every", None, count, "keep the state for --resume every N steps (1; --method full 20)"),
@@ -283,12 +284,20 @@ def check(args, given):
                          "group needs at least 2")
     if args.algo == "es":
         args.minibatches = 1
-    if args.prompts % (args.minibatches * ranks.SIZE):
-        shares = f" of {ranks.SIZE} equal shares, one for each rank" if ranks.SIZE > 1 else ""
+    copies = 1 if args.shard else ranks.SIZE  # of the model
+    if args.prompts % (args.minibatches * copies):
+        shares = f" of {copies} equal shares, one for each rank" if copies > 1 else ""
         raise InputError(f"--prompts {args.prompts} cannot be split into "
                          f"--minibatches {args.minibatches}{shares}")
     if args.cuda_graph and (not args.device.startswith("cuda") or args.engine == "plain"):
         raise InputError("--cuda-graph: is for --device cuda and --engine fast")
+    if args.shard and (args.method not in ("tinylora", "lora-xs") or args.algo == "es"
+                       or args.cuda_graph or args.chat):
+        raise InputError("--shard: is for --method tinylora or lora-xs, without --algo es, "
+                         "--cuda-graph and --chat")
+    if args.shard and not ranks.LAUNCHED:
+        raise InputError("--shard: needs torchrun, which starts a process for each part: "
+                         "torchrun --nproc_per_node 2 train.py --shard ...")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device):
         raise InputError(f"--device {args.device}: use cpu, cuda or cuda:N")
     if args.max_new_tokens > MOST_NEW_TOKENS:

@@ -68,7 +68,7 @@ def run_main(parse, work, resumable=False):
     speaker = f"rank {ranks.RANK}: " if ranks.RANK else ""
     try:
         args = parse()
-        ranks.join(getattr(args, "device", "cpu"))
+        ranks.join(getattr(args, "device", "cpu"), getattr(args, "shard", False))
         work(args)
         ranks.leave()
         sys.stdout.flush()  # a closed pipe is an error only when it is written to

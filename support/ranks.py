@@ -4,6 +4,9 @@ Every rank loads the model and samples its share of the problems. Before each up
 are summed over the ranks, so all ranks make the same step; 13 trained numbers are 52 bytes.
 Otherwise only a few sums for the log and the texts of evaluations are sent. Rank 0 alone prints
 and writes files. Without torchrun there is one rank, and nothing is sent.
+
+With --shard (fast/shard.py) the ranks hold parts of one model and do the same work on the same
+problems: nothing is shared out, and sums for the log are complete on every rank.
 """
 import json
 import os
@@ -21,6 +24,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # the rank's number on its machine
+sharded = False  # --shard; set by join
 PATIENCE = timedelta(minutes=30)  # for a rank that hangs; one that ends is noticed at once
 
 
@@ -47,8 +51,10 @@ def communication():
                     f"({reason})") from None
 
 
-def join(device):
+def join(device, shard=False):
     """Connect to the other ranks. From here on, ranks other than 0 print nothing."""
+    global sharded
+    sharded = shard
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # CUDA graphs and memory figures use the current device
     if not LAUNCHED:
@@ -68,12 +74,14 @@ def leave():
 
 def share(n):
     """The slice of range(n) that belongs to this rank: in order, as even as possible."""
+    if sharded:
+        return slice(n)
     return slice(n * RANK // SIZE, n * (RANK + 1) // SIZE)
 
 
 def total(*numbers):
     """Each number's sum over the ranks, as a list."""
-    if not LAUNCHED:
+    if not LAUNCHED or sharded:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
     with communication():
@@ -97,7 +105,12 @@ def add_gradients(params):
 
 
 def gather(rows):
-    """The lists of all ranks as one list, in the order of the ranks.
+    """The lists of all ranks as one list, in the order of the ranks."""
+    return rows if sharded else everyone(rows)
+
+
+def everyone(rows):
+    """gather, also where the ranks' lists are the same ones.
 
     The rows are sent as JSON: torch's own function for objects uses pickle.
     """
@@ -122,6 +135,6 @@ def agree(value, what):
 
     Without this check, ranks that train different models would go unnoticed.
     """
-    values = gather([value])
+    values = everyone([value])
     if max(values) - min(values) > 1e-6 * max(map(abs, values)):
         raise InputError(f"the ranks differ in {what}: {values}")
