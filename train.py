@@ -73,14 +73,13 @@ class Run:
 
 def pick(step, total, args):
     """What step `step` (from 0) takes of `total` problems: positions in an endless row of shuffled
-    epochs, and the problem at each. Each rank (process) takes its share of every mini-batch.
+    epochs, and the problem at each; seeds: tinylora.random_P. Each rank (process) has its share.
     """
     per_batch = args.prompts // args.minibatches
     positions = []
     for k in range(args.minibatches):
         first = step * args.prompts + k * per_batch
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
-    # seeds: see tinylora.random_P
     orders = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(total)
               for epoch in {position // total for position in positions}}
     return positions, [int(orders[p // total][p % total]) for p in positions]
@@ -187,7 +186,8 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
         if args.algo == "grpo":
             keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
             noise = grpo.uniforms(keys, args.max_new_tokens)
-            rollout = roll_out(run, problems, args.group, noise, args.temperature, f"step {step + 1}")
+            label = f"step {step + 1}"
+            rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
             _, scores = score(run, rollout, problems)
             advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
             rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
