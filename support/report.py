@@ -12,7 +12,7 @@ import torch
 
 from support import hints, ranks
 from support.errors import InputError
-from support.files import append_jsonl, make_folder, write_json
+from support.files import append_jsonl, make_folder, read_jsonl, write_json
 from support.params import total_norm
 from support.terminal import printable, shell_word
 
@@ -22,6 +22,8 @@ COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v
 MODES = ("greedy", "T = 1")  # how an evaluation samples; a pair (greedy, sampled) has this order
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a trained number, by --v-dtype
 FIRST_COLUMN = 24  # characters of the final table's first column, or more for long names
+ANSWERS = 3  # that the end of a run shows, before and after
+LINE = 80  # characters of each
 ROLLOUTS_EVERY = 10  # steps: from the first, every tenth keeps some of its responses
 # What the scores of an evaluation depend on: repeated in the command that evaluates again.
 EVALUATION_FLAGS = ("data", "task", "instruction", "eval_count", "max_new_tokens", "dtype",
@@ -158,8 +160,10 @@ def write_samples(run, rows, texts, step, sampled):
     """Append the first responses of an evaluation to samples.jsonl."""
     if ranks.RANK:
         return
-    samples = [{"step": step, "sampled": sampled} | sample(run, row, text)
-               for row, text in list(zip(rows, texts))[:run.args.samples]]
+    samples = []
+    for row, text in list(zip(rows, texts))[:run.args.samples]:
+        scores = {name: float(x) for name, x in run.task.score(text, row).items()}
+        samples.append({"step": step, "sampled": sampled} | sample(run, row, text, scores))
     append_jsonl(Path(run.args.out) / "samples.jsonl", samples)
 
 
@@ -169,17 +173,39 @@ def write_rollouts(run, out, problems, rollout, scores, step):
     samples = []
     for i in range(min(run.args.samples, len(rollout.prompts))):
         text = run.chat.decode(rollout.ids[i].cpu(), rollout.mask[i].cpu())
-        rewards = {name: values[i].item() for name, values in scores.items()}
-        samples.append({"step": step, "sampled": True, "rewards": rewards}
-                       | sample(run, problems[i // group], text))
+        own_scores = {name: values[i].item() for name, values in scores.items()}
+        samples.append({"step": step, "rollout": True}
+                       | sample(run, problems[i // group], text, own_scores))
     append_jsonl(out / "samples.jsonl", samples)
 
 
-def sample(run, problem, text):
+def sample(run, problem, text, scores):
     """What samples.jsonl says of a response."""
     prompt = run.task.prompt(problem, run.args.instruction)
-    return {"prompt": run.chat.text(prompt, run.args.system), "response": text,
-            "answer": problem.get("answer")}
+    return {"question": run.task.prompt(problem, ""),
+            "prompt": run.chat.text(prompt, run.args.system),
+            "response": text, "answer": problem.get("answer"), "scores": scores}
+
+
+def print_answers(path):
+    """A few greedy answers before and after, as samples.jsonl has them."""
+    rows = [row for _, row in read_jsonl(path) if row.get("sampled") is False]
+    if not rows:  # --samples 0
+        return
+    ends = [[row for row in rows if row["step"] == step][:ANSWERS]
+            for step in (rows[0]["step"], rows[-1]["step"])]
+    print()
+    for before, after in zip(*ends):
+        question = before.get("question", before["prompt"])  # older runs have the prompt only
+        print(f"{shortened(question, 2 * LINE)}  (answer: {shortened(str(before['answer']), 20)})")
+        for title, row in (("before", before), ("after", after)):
+            print(f"    {title:<6}  {shortened(row['response'], LINE)}")
+
+
+def shortened(text, width):
+    """One line for a text: its beginning and its end, where it is longer than `width`."""
+    text = printable(text)
+    return text if len(text) <= width else f"{text[:width // 2]} ... {text[-width // 2:]}"
 
 
 def print_evaluation(label, result, count, seconds, scores):
@@ -281,6 +307,7 @@ def write_summary(run, params, saved, done, final, count):
     for (name, x), (new_name, y) in zip(before.items(), after.items()):
         summary |= {name: x, new_name: y}
     print_table(done["base"], final, count, run.score_names)
+    print_answers(Path(args.out) / "samples.jsonl")
     write_json(Path(args.out) / "summary.json", summary)
     hints.print_silence(Path(args.out), args)
     hints.print_slowness(Path(args.out), total_norm(params) / total ** 0.5, args)

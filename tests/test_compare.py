@@ -17,7 +17,7 @@ def write(folder, evaluations):
     rows = [{"step": step, "sampled": sampled, "prompt": f"p{i}", "response": "",
              "scores": {"strict": float(x), "format": 1.0}}
             for (step, sampled), scores in evaluations.items() for i, x in enumerate(scores)]
-    rows.append({"step": 1, "prompt": "p0", "scores": {"strict": 1.0}})  # of a rollout
+    rows.append({"step": 1, "rollout": True, "prompt": "p0", "scores": {"strict": 1.0}})
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 

@@ -295,11 +295,11 @@ def test_rollouts_are_kept_now_and_then(tmp_path):
     flags = ["--steps", "12", "--prompts", "2", "--group", "4", "--max-new-tokens", "60"]
     out = tmp_path / "run"
     assert train.main([*flags, "--eval-count", "2", "--samples", "6", "--out", str(out)]) == 0
-    rows = [row for row in read_rows(out / "samples.jsonl") if "rewards" in row]
+    rows = [row for row in read_rows(out / "samples.jsonl") if row.get("rollout")]
     assert [row["step"] for row in rows] == [1] * 6 + [11] * 6
     assert [len({row["prompt"] for row in rows[i:i + 4]}) for i in (0, 6)] == [1, 1]
     assert rows[0]["prompt"] != rows[4]["prompt"] and len({row["response"] for row in rows}) > 3
     for row in rows:
         problem = {"boxed": False, "gold": train.gsm8k.extract_answer("#### " + row["answer"].split(
             "####")[-1].strip())}
-        assert row["rewards"] == train.gsm8k.score(row["response"], problem)
+        assert row["scores"] == train.gsm8k.score(row["response"], problem)

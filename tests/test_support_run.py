@@ -266,7 +266,7 @@ def test_rows_go_to_wandb_when_asked(tmp_path, monkeypatch):
 def test_ranks_that_differ_are_an_error(monkeypatch):
     """Ranks that train different models unnoticed; rounding taken for a difference."""
     for others, fine in (([1.0, 1.0 + 1e-9], True), ([1.0, 1.1], False), ([3, 4], False)):
-        monkeypatch.setattr(ranks, "gather", lambda values, others=others: others)
+        monkeypatch.setattr(ranks, "everyone", lambda values, others=others: others)
         if fine:
             ranks.agree(1.0, "v")
         else:

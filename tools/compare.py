@@ -22,10 +22,11 @@ def evaluations(folder):
     """{(step, sampled): {prompt: scores}} of the evaluations in a folder's samples.jsonl."""
     found = {}
     for number, row in read_jsonl(Path(folder) / "samples.jsonl"):
+        if row.get("rollout"):  # one of the responses that a step learned from
+            continue
         if "prompt" not in row or not isinstance(row.get("scores"), dict):
             raise InputError(f"{folder}: samples.jsonl, line {number} has no scores; evaluate anew")
-        if "sampled" in row:  # not one of the responses that a step learned from
-            found.setdefault((row["step"], row["sampled"]), {})[row["prompt"]] = row["scores"]
+        found.setdefault((row["step"], row["sampled"]), {})[row["prompt"]] = row["scores"]
     if not found:
         raise InputError(f"{folder}: its samples.jsonl holds no evaluation")
     return found
