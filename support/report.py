@@ -189,7 +189,8 @@ def sample(run, problem, text, scores):
 
 def print_answers(path):
     """A few greedy answers before and after, as samples.jsonl has them."""
-    rows = [row for _, row in read_jsonl(path) if row.get("sampled") is False]
+    rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+    rows = [row for row in rows if row.get("sampled") is False]
     if not rows:  # --samples 0
         return
     ends = [[row for row in rows if row["step"] == step][:ANSWERS]

@@ -243,10 +243,10 @@ def test_a_resumed_run_holds_on_to_the_first_policy(start, data, toy, tmp_path, 
 
 def stand_in(monkeypatch, factor):
     """A second rank, whose numbers are those of this one times a factor."""
-    def gather(values):
+    def everyone(values):
         is_number = len(values) == 1 and isinstance(values[0], (int, float))
         return [*values, values[0] * factor] if is_number else values
-    monkeypatch.setattr(ranks, "gather", gather)
+    monkeypatch.setattr(ranks, "everyone", everyone)
 
 
 @pytest.mark.parametrize("factor,agree", [(1, True), (1 + 1e-9, True), (1.001, False), (2, False)])
