@@ -5,10 +5,13 @@
 Every gold answer of the file is compared with respellings of itself and with spoilt ones
 (bench/respellings.py) by both. Prints a table by kind, every disagreement, and a JSON line. The
 changes are made up, not a model's: what models really write may be spread otherwise.
+
+Rows with a "problem" show how many of them each pays for a formula copied from the question.
 """
 import json
 import logging
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +61,21 @@ def measure(gold):
     return pairs
 
 
+def paid_for_a_copy(rows):
+    """How many questions hold a formula that is paid as their answer: {judge: number}."""
+    from math_verify import parse, verify
+    paid = {"same": 0, "math-verify": 0}
+    for row in rows:
+        found = re.findall(r"\$([^$]+)\$|\\\[(.+?)\\\]", row.get("problem", ""), re.DOTALL)
+        formulas = {(a or b).strip().rstrip(".,;?") for a, b in found}
+        formulas = [text for text in formulas if 1 < len(text) < 200]
+        gold = parse("\\boxed{" + row["answer"] + "}")
+        paid["same"] += any(same(text, row["answer"]) for text in formulas)
+        boxes = ["\\boxed{" + text + "}" for text in formulas]
+        paid["math-verify"] += any(verify(gold, parse(box)) for box in boxes)
+    return paid
+
+
 def report(name, pairs):
     """A line of the table; returns the share on which both agree."""
     agree = sum(p.ours == p.theirs for p in pairs) / len(pairs)
@@ -70,7 +88,9 @@ def report(name, pairs):
 
 def main(path):
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    pairs = measure([str(json.loads(line)["answer"]) for line in lines])
+    rows = [json.loads(line) for line in lines]
+    rows = [row | {"answer": str(row["answer"])} for row in rows]
+    pairs = measure([row["answer"] for row in rows])
     for kind in (*RIGHT, *WRONG):
         some = [p for p in pairs if p.kind == kind]
         if some:
@@ -87,6 +107,7 @@ def main(path):
                "all": report("all", pairs),
                "all but trailing dots": report("all but trailing dots",
                                                [p for p in pairs if p.kind != UNREADABLE])}
+    figures["paid for a copy of the question"] = paid_for_a_copy(rows)
     print(json.dumps({"pairs": len(pairs)} | figures))
 
 

@@ -220,11 +220,13 @@ def sums_in_order(text):
 
 
 def ascending(item):
-    """3>x as x<3."""
+    """3>x as x<3, and -x<-3 as 3<x."""
     parts = RELATION.split(item)
-    if not set(parts[1::2]) <= set(TURNED):
-        return item
-    return "".join(TURNED.get(part, part) for part in reversed(parts))
+    if len(parts) > 1 and set(parts[1::2]) <= set(TURNED):
+        parts = [TURNED.get(part, part) for part in reversed(parts)]
+    if len(parts) > 1 and all(re.fullmatch("-[^+-]+", side) for side in parts[::2]):
+        parts = [part.removeprefix("-") for part in reversed(parts)]
+    return "".join(parts)
 
 
 def items(answer):

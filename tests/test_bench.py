@@ -94,7 +94,20 @@ def test_mawps(tmp_path):
 @needs("math_verify")
 def test_boxed_agreement(tmp_path):
     path = tmp_path / "gold.jsonl"
-    answers = ["\\frac{1}{2}", "10", "(1,2)", "x^2+1"]
-    path.write_text("".join(json.dumps({"answer": a}) + "\n" for a in answers))
+    rows = [{"answer": answer} for answer in ("\\frac{1}{2}", "10", "(1,2)", "x^2+1")]
+    rows.append({"problem": "Factor $x^2-1$.", "answer": "(x-1)(x+1)"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, result = bench("boxed_agreement.py", path)
     assert result["pairs"] > 40 and result["all but trailing dots"] > 0.8
+    assert result["paid for a copy of the question"] == {"same": 0, "math-verify": 1}
+
+
+def test_verify_tests(tmp_path):
+    """Tables of pytest; a pair that has two verdicts, long texts and other tables are left out."""
+    (tmp_path / "test_a.py").write_text(
+        "@pytest.mark.parametrize('gold,pred,expected', [('$1/2$', 'is $0.5$', 1), ('1', '2', 0),\n"
+        "    ('2i+1', r'\\boxed{1+2i}', 1), ('9', '$9+0$', 1), ('5', 'x', 0), ('5', 'x', 1),\n"
+        "    ('$1$ and $2$', '1', 0), ('3', 'y' * 40, 1)])\ndef test(): pass\n"
+        "@pytest.mark.parametrize('n', [1])\ndef test_other(): pass\n")
+    _, result = bench("verify_tests.py", tmp_path)
+    assert result == {"cases": 4, "agree": 3, "paid wrongly": 0}
