@@ -24,7 +24,8 @@ def tables(path):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "parametrize":
             names = [name.strip() for name in ast.literal_eval(node.args[0]).split(",")]
             for row in node.args[1].elts:
-                if all(isinstance(cell, ast.Constant) for cell in getattr(row, "elts", [row])):
+                cells = getattr(row, "elts", [])
+                if cells and all(isinstance(cell, ast.Constant) for cell in cells):
                     yield dict(zip(names, ast.literal_eval(row)))
 
 

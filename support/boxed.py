@@ -100,14 +100,16 @@ NAME = (rf"(?:\|?{LETTERS}\|?(?::{LETTERS})?|\({LETTERS}(?:,{LETTERS})*\)|"
 NAMED = re.compile(rf"^({NAME})(?:=|\\in(?![a-z]))")
 # The same kind of table, for each item of a list.
 ITEM_SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # x\approx11 is x=11, but 1/3\approx0.33 is 1/3
+    # \approx11 and x\approx11
+    (r"^\\approx", ""),
     (rf"^({NAME})\\approx", r"\1="),
-    (r"^\\approx|(?<=.)\\approx.*", ""),
     # x=5+6=11 is x=11
     (rf"^({NAME}=).*=", r"\1"),
     # +\infty
     (r"(^|[=,(\[])\+", r"\1"),
 )]
+# 1/3\approx0.33 is 1/3
+ABOUT = re.compile(r"\\approx.*")
 RELATION = re.compile("([<>≤≥])")
 TURNED = {">": "<", "≥": "≤"}
 
@@ -118,7 +120,7 @@ FRACTION = re.compile(rf"(-?)(\d*)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}")
 DECIMAL_COMMA = re.compile(r"[ $]*(-?\d+),(\d\d|\d{4,})[ $]*")
 # What a term of a sum consists of, and what ends a sum. Anything else: the order is left alone.
 TOKEN = re.compile(
-    r"(?P<end>[,=<>≤≥≠&:]|\\\\|\\cup|\\in(?![a-z])|\\(?:begin|end)\{\w*\})|"
+    r"(?P<end>[,=<>≤≥≠&:]|\\\\|\\cup|\\approx|\\in(?![a-z])|\\(?:begin|end)\{\w*\})|"
     r"(?P<opening>[(\[{])|(?P<closing>[)\]}])|(?P<sign>[+-])|"
     r"(?P<term>[\w.!*/^]|\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|cdot|times))|"
     r"(?P<other>\\[a-zA-Z]+|.)", re.DOTALL)
@@ -257,8 +259,8 @@ def normalise(answer):
 
 
 def unnamed(item):
-    """The value without its name: 5 for x=5, (1,2] for 1<x<=2."""
-    parts = RELATION.split(NAMED.sub("", item))
+    """The value without its name and its rounding: 5 for x=5, (1,2] for 1<x<=2."""
+    parts = RELATION.split(ABOUT.sub("", NAMED.sub("", item)))
     if len(parts) == 3 and re.fullmatch(NAME, parts[0]):
         parts = ["-\\infty", "<", *parts]
     elif len(parts) == 3 and re.fullmatch(NAME, parts[2]):

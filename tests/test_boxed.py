@@ -152,6 +152,8 @@ CASES = [
     (r"x \approx 11", "11", True),
     (r"x = \frac13 \approx 0.33", r"\frac{1}{3}", True),
     (r"\frac13 \approx 0.33", "0.33", False),
+    (r"\frac13 \approx 0.33", "1/3", True),
+    (r"\frac13 \approx 0.337", r"\frac13 \approx 0.33", False),
     # percent in words, other separators, brackets, points given twice
     ("28 percent", r"28\%", True),
     ("28 pct", "28", True),
