@@ -26,6 +26,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, not argparse's page of usage
         raise InputError(f"{message}; see {self.prog} --help")
 
+    def parse_args(self, words=None):
+        args = super().parse_args(words)
+        for name, value in vars(args).items():
+            if value == []:  # argparse makes an empty list of --algo=--
+                self.error(f"argument --{name.replace('_', '-')}: expected one argument")
+        return args
+
 
 def within(kind, low, high):
     """A converter for argparse: an int or float from low to high."""

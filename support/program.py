@@ -90,7 +90,8 @@ def run_main(parse, work, resumable=False):
         hint = f"; to go on: {resume_command(args)}" if resumable and args else ""
         print(f"{speaker}error: {error}{hint}", file=sys.stderr)
     except (InputError, OSError) as error:
-        print(f"{speaker}error: {error}", file=sys.stderr)
+        # InputError: one line of limited length, whatever the system's error quotes
+        print(f"{speaker}error: {InputError(error)}", file=sys.stderr)
     finally:
         drop_unread_output()
         for number, handler in handlers.items():

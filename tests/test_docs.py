@@ -256,6 +256,19 @@ def test_commands_parse(command):
         check_other(ROOT / words[1], words[2:])
 
 
+@pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if c.startswith("python bench/")])
+def test_the_benchmarks_models_are_to_be_had(command):
+    """Two commands named a model that was neither a folder nor a name on the hub."""
+    words = shlex.split(command)
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--model"]
+    if not given:
+        configs = [ROOT / word / "config.json" for word in words if word.startswith("results/")]
+        given = [json.loads(path.read_text())["model"] for path in configs]
+    for name in given:
+        on_the_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name)
+        assert on_the_hub or (ROOT / name / "config.json").is_file(), name
+
+
 def test_a_wrong_command_is_noticed():
     for words in (["--parms", "13"], ["--lr", "fast"], ["--algo", "sft", "--kl", "0.1"]):
         with pytest.raises(InputError):

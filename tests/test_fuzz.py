@@ -89,10 +89,9 @@ def spoil(pick, value):
         container[key] = copy.deepcopy(pick(pick([like, like, NASTY])))
 
 
-def mutated(draw, value):
-    """A JSON value with one to three places changed, as text."""
-    def pick(choices):
-        return draw(st.sampled_from(choices))
+def mutated(rng, value):
+    """A JSON value with one to three places changed, as text. rng: a random.Random."""
+    pick = rng.choice
     value = copy.deepcopy(value)
     for _ in range(pick([1, 1, 1, 2, 3])):
         spoil(pick, value)
@@ -104,35 +103,35 @@ def mutated(draw, value):
     return text
 
 
-def cut_or_flipped(draw, data):
+def cut_or_flipped(rng, data):
     """Bytes cut, flipped or pushed in; in five of six cases left alone."""
-    how = draw(st.sampled_from(["keep"] * 15 + ["cut", "flip", "insert"]))
-    at = draw(st.integers(0, max(0, len(data) - 1)))
+    how = rng.choice(["keep"] * 15 + ["cut", "flip", "insert"])
+    at = rng.randint(0, max(0, len(data) - 1))
     if how == "cut":
         return data[:at]
     if how == "flip" and data:
-        return data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1:]
+        return data[:at] + bytes([data[at] ^ rng.randint(1, 255)]) + data[at + 1:]
     if how == "insert":
         pieces = [b"\xff", b"\0", b"\xef\xbb\xbf", b"[" * 100000, b"\n", b"}", b'"']
-        return data[:at] + draw(st.sampled_from(pieces)) + data[at:]
+        return data[:at] + rng.choice(pieces) + data[at:]
     return data
 
 
-def damaged(draw, name, data):
+def damaged(rng, name, data):
     """A file's bytes, damaged with its format in mind."""
     if name.endswith(".safetensors"):
         size = int.from_bytes(data[:8], "little")
-        header = mutated(draw, json.loads(data[8:8 + size])).encode("utf-8", "surrogatepass")
+        header = mutated(rng, json.loads(data[8:8 + size])).encode("utf-8", "surrogatepass")
         n = len(header)
         lengths = [n] * 50 + [0, 1, n - 1, n + 1, 10**11, 2**63, 2**64 - 1]
-        length = draw(st.sampled_from(lengths)).to_bytes(8, "little")
-        return cut_or_flipped(draw, length + header + data[8 + size:])
+        length = rng.choice(lengths).to_bytes(8, "little")
+        return cut_or_flipped(rng, length + header + data[8 + size:])
     if name.endswith(".jsonl"):
         lines = data.decode().splitlines()
-        at = draw(st.integers(0, len(lines) - 1))
-        lines[at] = mutated(draw, json.loads(lines[at]))
-        return cut_or_flipped(draw, "\n".join(lines).encode())
-    return cut_or_flipped(draw, mutated(draw, json.loads(data)).encode())
+        at = rng.randint(0, len(lines) - 1)
+        lines[at] = mutated(rng, json.loads(lines[at]))
+        return cut_or_flipped(rng, "\n".join(lines).encode())
+    return cut_or_flipped(rng, mutated(rng, json.loads(data)).encode())
 
 
 watched = None  # the only folder in which files may be written, while one is given
@@ -236,9 +235,9 @@ def test_damaged_files_are_read_or_refused(name, good):
     @hypothesis.settings(max_examples=round(COUNTS[name] * factor), deadline=None, database=None,
                          derandomize="TINYLORA_FUZZ" not in os.environ,
                          suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(st.data())
-    def check(data):
-        (good / name).write_bytes(damaged(data.draw, name, whole))
+    @hypothesis.given(st.randoms(use_true_random=False))
+    def check(rng):
+        (good / name).write_bytes(damaged(rng, name, whole))
         start = time.time()
         try:
             with watching(good):

@@ -163,7 +163,9 @@ SILLY = """--params 0 | --params 1e3 | --params -1 | --params 922337203685477580
 --method lora --adapter results/toy-seed0/adapter.safetensors | --algo es --group 3 | --sigma 1
 --algo es --method lora | --algo es --kl 0.1 | --algo es --minibatches 2 | --algo sft --kl 0.1
 --algo es --engine plain | --algo sft --reward lenient | --reward nonsense | --eval-only --steps 3
---eval-only --chat | --engine nonsense | --resume nowhere"""
+--eval-only --chat | --engine nonsense | --resume nowhere
+--algo=-- | --system=-- | --lr=-- | --max-new-tokens 1048576 | --group 1048576
+--params 200000 --u 200000 --rank 16"""
 
 
 @pytest.mark.parametrize("flags", [x.strip() for x in re.split("[|\n]", SILLY)])

@@ -136,12 +136,12 @@ def draw(runs, out):
     axis.set_ylim(0, 1.03)
     write_texts(axis, texts, right)
     title = Path(str(settings.get("model", "model"))).name
-    if summary:
+    if "params" in summary and "adapter_bytes" in summary:
         title += (f": {summary['params']:,} trained numbers, "
                   f"{summary['adapter_bytes']:,} bytes")
     axis.set_title(title, fontsize=13)
     axis.set_xlabel("training step")
-    count = f" on {summary['eval_count']} held-out problems" if summary else ""
+    count = f" on {summary['eval_count']} held-out problems" if "eval_count" in summary else ""
     axis.set_ylabel(f"accuracy ({score}){count}")
     axis.grid(alpha=0.3)
     handles, words = axis.get_legend_handles_labels()

@@ -16,6 +16,8 @@ IGNORED = {"seed", "out", "trained", "torch", "numpy", "device", "resume", "save
 # A row's rollouts come from the policy before its update: step - 1. Its v_norm from after it.
 BEFORE = {"length": "length (tokens)", "entropy": "entropy (nats per token)",
           "loss": "loss (--algo sft)"}
+TEXTS = ("method", "reward", "algo", "model", "data")
+COUNTS = ("params", "adapter_bytes", "eval_count", "steps", "groups", "u")
 REWARD = "reward of the samples trained on"
 NORM = "norm of what is trained"
 
@@ -38,13 +40,26 @@ def read_run(folder):
     if not (folder / "log.jsonl").is_file():
         raise InputError(f"{folder}: has no log.jsonl: it is no run, or has made no step yet")
     rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
-    if not all(isinstance(row.get("step"), int) for row in rows):
+    if not all(type(row.get("step")) is int and 0 <= row["step"] < 2**31 for row in rows):
         raise InputError(f"{folder / 'log.jsonl'}: its rows are not those of a run")
     path = folder / "summary.json"
     summary = read_json(path) if path.is_file() else {}
+    for source, values in ((folder / "config.json", config), (path, summary)):
+        check_types(source, values)
+    check_types(folder / "config.json", config.get("trained") or {})
     scores = score_names(rows, summary)
     return Run(folder, settings_of(config), summary, points_of(config, rows, summary, scores),
                scores)
+
+
+def check_types(path, values):
+    """InputError for settings or results that are not of the kind that train.py writes."""
+    for names, kind in ((TEXTS, str), (COUNTS, int)):
+        for name in names:
+            value = values.get(name) if isinstance(values, dict) else values
+            if value is not None and (type(value) is not kind
+                                      or kind is int and not 0 <= value < 2**60):
+                raise InputError(f"{path}: {name} is {value!r}; train.py writes no such thing")
 
 
 def score_names(rows, summary):
@@ -62,7 +77,7 @@ def settings_of(config):
     settings = {name: x for name, x in config.items() if name not in IGNORED}
     settings |= {name: trained[name] for name in ("rank", "alpha", "u", "tie", "n_tie")
                  if name in trained}
-    if "groups" in trained:  # ties, in the file format's words
+    if "groups" in trained and "u" in trained:  # ties, in the file format's words
         settings["params"] = trained["groups"] * trained["u"]
     return {name: x for name, x in settings.items() if x not in (None, False, "")}
 
@@ -74,21 +89,27 @@ def points_of(config, rows, summary, scores):
     for sampled, words in ((False, "greedy"), (True, "T = 1")):
         for name in scores:
             key = f"eval_sampled_{name}" if sampled else f"eval_{name}"
-            points = {row["step"]: row[key] for row in rows if row.get(key) is not None}
-            if sampled and not points and name != main:
+            points = {row["step"]: row.get(key) for row in rows}
+            if sampled and all(x is None for x in points.values()) and name != main:
                 continue
             if summary:
                 ends = report.key(name, sampled, main)
                 points[0] = summary.get(f"base_{ends}")
                 points[summary.get("steps", len(rows))] = summary.get(f"final_{ends}")
-                points = {step: x for step, x in points.items() if x is not None}
             panels[panel(name, words)] = points
     reward = config.get("reward") or main
     before = {reward: REWARD} | BEFORE
     for key, title in before.items():
-        panels[title] = {row["step"] - 1: row[key] for row in rows if row.get(key) is not None}
-    panels[NORM] = {row["step"]: row["v_norm"] for row in rows if row.get("v_norm") is not None}
+        panels[title] = {row["step"] - 1: row.get(key) for row in rows}
+    panels[NORM] = {row["step"]: row.get("v_norm") for row in rows}
+    panels = {title: {step: x for step, x in points.items() if is_drawable(x)}
+              for title, points in panels.items()}
     return {title: points for title, points in panels.items() if points}
+
+
+def is_drawable(x):
+    """A run that went wrong may have logged NaN; a damaged file may hold anything."""
+    return type(x) in (int, float) and abs(x) < 1e30
 
 
 def panel(score, mode):
