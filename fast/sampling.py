@@ -40,10 +40,40 @@ def prefill(model, prompts, project):
     return hidden[prompts.last]
 
 
-@torch.no_grad()
+fitting = float("inf")  # rows at once: lowered when memory ran out, for the rest of the run
+
+
 def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise=None,
              progress=None, values=None):
-    """As grpo.generate. values (P, ties, u): a v of its own for every prompt (methods/es.py)."""
+    """As grpo.generate. values (P, ties, u): a v of its own for every prompt (methods/es.py).
+
+    When memory runs out, it begins anew with half as many prompts at once; no row's text changes.
+    """
+    global fitting
+    while True:
+        size = max(1, int(min(len(prompts), fitting // group)))  # prompts
+        parts = []
+        try:
+            for start in range(0, len(prompts), size):
+                part = slice(start, start + size)
+                rows = slice(start * group, (start + size) * group)
+                parts.append(sample_rows(
+                    model, prompts[part], group, max_new_tokens, stop_ids, temperature,
+                    None if noise is None else noise[rows], progress,
+                    None if values is None else values[part]))
+            return grpo.Rollout.join(parts) if len(parts) > 1 else parts[0]
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # outside the except block, which holds on to the tensors of the pass that failed
+        fitting = size // 2 * group
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, noise, progress,
+                values):
+    """generate, all rows at once."""
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
     noise = grpo.noise_tensor(noise, (B, max_new_tokens), temperature, device)

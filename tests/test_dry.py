@@ -64,7 +64,7 @@ MUTANTS = [
      "start[:, None] + torch.arange(T)"),
     (transformer, "Cache", "dtype=torch.long, device=like.device)", "dtype=torch.long)"),
     (tinylora, "truncated_svd", "-1.0, 1.0).to(W)", "-1.0, 1.0).cpu()"),
-    (sampling, "generate", "rows = torch.arange(B, device=device)", "rows = torch.arange(B)"),
+    (sampling, "sample_rows", "rows = torch.arange(B, device=device)", "rows = torch.arange(B)"),
     (training, "logprobs", "in rollout.prompts], device=device)", "in rollout.prompts])"),
     (cache, "Cache", "rows = torch.arange(P * group, device=device)",
      "rows = torch.arange(P * group)"),

@@ -13,7 +13,7 @@ import fast
 import grpo
 import model as transformer
 import tinylora
-from fast import lanczos, training
+from fast import lanczos, sampling, training
 from methods import lora
 from support import threads
 from support.errors import InputError
@@ -24,6 +24,7 @@ def as_before(monkeypatch):
     """Thread counts and what memory allowed are one test's, not the next one's."""
     monkeypatch.setattr(threads, "workers", 1)
     monkeypatch.setattr(training, "fitting", float("inf"))
+    monkeypatch.setattr(sampling, "fitting", float("inf"))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -108,6 +109,32 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch):
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         gradient(model, v, data, args)
+
+
+def test_out_of_memory_halves_the_rows_of_a_rollout_and_changes_nothing(monkeypatch):
+    """One prompt that does not fit is an error; what fitted is where the next rollout begins."""
+    model = tiny(dtype=torch.float64)
+    prompts = [[i + 1, i + 2][:1 + i % 2] for i in range(7)]
+    want = rollout(model, prompts, group=3)
+    real = sampling.prefill
+    calls = []
+
+    def short(model, texts, project):
+        calls.append(texts.B)
+        if texts.B > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, texts, project)
+    monkeypatch.setattr(sampling, "prefill", short)
+    limit = 2
+    for tried in ([7, 3, 1] + [1] * 6, [1] * 7):
+        calls.clear()
+        got = rollout(model, prompts, group=3, engine=fast)
+        assert torch.equal(got.ids, want.ids) and torch.equal(got.mask, want.mask)
+        assert got.prompts == want.prompts and calls == tried
+        torch.testing.assert_close(got.logp, want.logp, rtol=1e-10, atol=1e-10)
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        rollout(model, prompts, group=3, engine=fast)
 
 
 # ------------------------------------------------------------------------------------- threads
