@@ -7,10 +7,10 @@ from support.errors import InputError
 
 
 @functools.cache  # the flags and the loader both ask; the hub is asked once
-def find_model(name):
+def find_model(name, files=("*.json", "*.safetensors", "*.jinja")):
     """The folder of a model. `owner/name` is looked up in the hub's cache, then on the hub.
 
-    Only the config, the tokenizer and safetensors files are fetched.
+    Only these files are fetched: the config, the tokenizer and safetensors.
     """
     if Path(name).is_dir():
         return name
@@ -23,7 +23,7 @@ def find_model(name):
         disable_progress_bars()  # the library itself checks this for some of its bars only
     try:
         return snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            name, allow_patterns=list(files),
             # no subfolders, and no index of pytorch_model.bin
             ignore_patterns=["*/*", "*[!s].index.json"])
     except Exception as error:  # offline, no such repository, no access, a full disk
