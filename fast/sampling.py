@@ -50,6 +50,8 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     When memory runs out, it begins anew with half as many prompts at once; no row's text changes.
     """
     global fitting
+    device = model.embed_tokens.weight.device
+    noise = grpo.noise_tensor(noise, (len(prompts) * group, max_new_tokens), temperature, device)
     while True:
         size = max(1, int(min(len(prompts), fitting // group)))  # prompts
         parts = []
@@ -76,7 +78,6 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     """generate, all rows at once."""
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
-    noise = grpo.noise_tensor(noise, (B, max_new_tokens), temperature, device)
     stops = torch.tensor(sorted(stop_ids), device=device)
 
     texts = Prompts(prompts, device)
