@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from helpers import random_v, rollout, tiny, to_double
 
+import fast
 import grpo
 import tinylora
 from support.errors import InputError
@@ -103,11 +104,12 @@ def test_numbers_that_are_not_finite_are_an_error():
         update(model, v, data, lr=0.1)
 
 
-@pytest.mark.parametrize("noise", [None, np.zeros((3, 12)), np.zeros((12, 11))])
-def test_noise_of_another_shape_is_refused(noise):
-    """Noise for each prompt in place of each row; too little of it."""
+@pytest.mark.parametrize("engine", [grpo, fast])
+@pytest.mark.parametrize("noise", [None, *map(np.zeros, ((3, 12), (24, 12), (12, 11)))])
+def test_noise_of_another_shape_is_refused(noise, engine):
+    """Noise for each prompt in place of each row, or for other rows; too little of it."""
     with pytest.raises(ValueError, match="needs noise of shape .12, 12."):
-        grpo.generate(tiny(), [[1], [2], [3]], 4, 12, (0,), 1.0, noise)
+        engine.generate(tiny(), [[1], [2], [3]], 4, 12, (0,), 1.0, noise)
 
 
 # -------------------------------------------------------------------------------------- Rollout
