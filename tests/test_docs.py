@@ -20,6 +20,7 @@ from helpers import ROOT
 import train
 from support import flags
 from support.errors import InputError
+from tools import sweep_table
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,6 +138,8 @@ GENERATED = {"claim": claim, "small": small_table, "seeds": seeds_table,
              "compared": compared_table, "es": es_table, "smollm2": smollm2_table,
              "recipe": lambda: flag_table(train.RECIPE),
              "program": lambda: flag_table(flags.PROGRAM)}
+for path in sorted(ROOT.glob("results/figures/*.runs.json")):  # of tools/sweep.py: F7, ...
+    GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
 
 
 def refreshed(text):
