@@ -141,7 +141,7 @@ def sweep(path, args):
     if set(seeds) & set(range(TUNING, TUNING + 100)):
         raise InputError(f"--first-seed {args.first_seed}: rates are chosen on seeds {TUNING} to "
                          f"{TUNING + 99}, so results come from others")
-    folder = Path(args.runs).absolute()
+    folder = Path(args.runs)  # as given: the commands that are kept name no machine's folders
     prepared = [prepare(spec, setting, folder) for setting in spec["settings"]]
     check_budgets(path, prepared)
     results = results_file(path, args)
