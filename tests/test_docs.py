@@ -20,7 +20,7 @@ from helpers import ROOT
 import train
 from support import flags
 from support.errors import InputError
-from tools import sweep_table
+from tools import factor, sweep_table
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,6 +140,10 @@ GENERATED = {"claim": claim, "small": small_table, "seeds": seeds_table,
              "program": lambda: flag_table(flags.PROGRAM)}
 for path in sorted(ROOT.glob("results/figures/*.runs.json")):  # of tools/sweep.py: F7, ...
     GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
+if {"F1", "F2"} <= GENERATED.keys():
+    GENERATED["factor"] = lambda: factor.markdown(
+        *(sweep_table.load(ROOT / f"results/figures/{name}.runs.json") for name in ("F1", "F2")),
+        ("worked", "own"))
 
 
 def refreshed(text):
