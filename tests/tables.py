@@ -1,0 +1,144 @@
+"""The tables of README.md and docs/, derived from results/ and from the flags; see test_docs.py."""
+import json
+import re
+import textwrap
+
+from helpers import ROOT
+
+import train
+from support import flags
+from tools import factor, sweep_table
+
+RUNS = {path.parent.name: json.loads(path.read_text())
+        for path in sorted(ROOT.glob("results/*/summary.json"))}
+ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
+SEEDS = [f"toy-seed{seed}" for seed in range(5)]
+
+# What was compared: the flags as the tables show them, and the folder under results/.
+COMPARED = [("`--params 13`", "toy-seed0"),
+            ("`--method lora-xs --lr 0.02`", "compare-xs"),
+            ("`--method lora --lr 1e-3`", "compare-lora"),
+            ("`--method full --lr 1e-4`", "compare-full"),
+            ("`--params 13 --reward format`", "compare-format"),
+            ("`--params 13 --algo sft`", "compare-sft"),
+            ("`--algo sft --method lora --lr 1e-3`", "compare-sft-lora")]
+SCORES = ("strict", "lenient", "format", "sampled", "sampled_format")
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def percent(share):
+    return f"{100 * share:.1f}%"
+
+
+def claim():
+    s = RUNS["toy-seed0"]
+    final = [RUNS[name]["final_strict"] for name in SEEDS]
+    million = RUNS["compare-full"]["params"] / 1e6
+    text = (
+        f"A frozen model of {million:.2f} million parameters, in Qwen2.5's format, learns by "
+        f"reinforcement learning on **{s['params']} numbers, {s['adapter_bytes']} bytes**: from "
+        f"{percent(s['base_strict'])} to **{percent(s['final_strict'])}** of {s['eval_count']} "
+        f"held-out problems, greedy ({percent(s['base_sampled'])} to "
+        f"{percent(s['final_sampled'])} sampled at T = 1). Five seeds end between "
+        f"{percent(min(final))} and {percent(max(final))}. It takes about "
+        f"{round(s['seconds'] / 60)} minutes on 2 CPU cores.")
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def small_table():
+    base = RUNS["toy-seed0"]
+    rows = [("nothing (untrained)", 0, 0, f"{base['base_strict']:.3f}",
+             f"{base['base_sampled']:.3f}")]
+    names = {"toy-seed0": "TinyLoRA", "compare-xs": "LoRA-XS", "compare-lora": "LoRA, rank 1",
+             "compare-full": "all weights", "compare-format": "TinyLoRA, paid for format only",
+             "compare-sft": "TinyLoRA, by SFT instead of RL"}
+    for name, what in names.items():
+        s = RUNS[name]
+        rows.append((what, f"{s['params']:,}", f"{s['adapter_bytes']:,}",
+                     f"{s['final_strict']:.3f}", f"{s['final_sampled']:.3f}"))
+    return table(("trained", "numbers", "bytes", "greedy", "T = 1"), rows)
+
+
+def pairs(s, kinds):
+    return [f"{s[f'base_{kind}']:.3f}, {s[f'final_{kind}']:.3f}" for kind in kinds]
+
+
+def seeds_table():
+    rows = [(s["seed"], *pairs(s, ("strict", "lenient", "sampled")), round(s["seconds"]))
+            for s in (RUNS[name] for name in SEEDS)]
+    return table(("seed", "greedy, strict: from, to", "greedy, lenient: from, to",
+                  "T = 1, strict: from, to", "seconds"), rows)
+
+
+def compared_table():
+    base = RUNS["toy-seed0"]
+    rows = [("untrained", 0, *(f"{base[f'base_{kind}']:.3f}" for kind in SCORES))]
+    for words, name in COMPARED:
+        s = RUNS[name]
+        rows.append((words, f"{s['params']:,}", *(f"{s[f'final_{kind}']:.3f}" for kind in SCORES)))
+    return table(("flags", "numbers", "strict", "lenient", "format", "T = 1: strict",
+                  "T = 1: format"), rows)
+
+
+def es_table():
+    rows = []
+    for seed in range(3):
+        es = RUNS[f"es-seed{seed}"]
+        grpo = RUNS[f"toy-seed{seed}"]
+        kinds = ("final_strict", "final_sampled")
+        rows.append((seed, *(f"{s[kind]:.3f}" for kind in kinds for s in (es, grpo))))
+    return table(("seed", "greedy: ES", "greedy: GRPO", "T = 1: ES", "T = 1: GRPO"), rows)
+
+
+def arithmetic_table():
+    rows = []
+    for name in ARITHMETIC:
+        s = RUNS[name]
+        confirmed = [json.loads(line) for line in
+                     (ROOT / "results" / name / "confirmation.jsonl").read_text().splitlines()]
+        shares = [f"{c['before']:.3f}, {c['after']:.3f} ({c['p']:.0e})" for c in confirmed]
+        rows.append((s["seed"], *pairs(s, ("lenient", "sampled_lenient", "format")), *shares))
+    return table(("seed", "test, greedy: from, to", "test, T = 1: from, to",
+                  "test, format, greedy: from, to", "confirmation, greedy: from, to (p)",
+                  "confirmation, T = 1: from, to (p)"), rows)
+
+
+def smollm2_table():
+    s = RUNS["smollm2-mawps"]
+    checked = json.loads((ROOT / "results/smollm2-mawps/check_base.json").read_text())
+    rows = []
+    for kind in ("strict", "lenient", "format"):
+        shares = (checked["transformers"][kind], s[f"base_{kind}"], s[f"final_{kind}"])
+        rows.append((kind, *(f"{round(share * s['eval_count'])}" for share in shares)))
+    title = f"right, of {s['eval_count']}, greedy"
+    return table((title, "transformers, untrained", "here, untrained",
+                  f"after {s['steps']} steps"), rows)
+
+
+def flag_table(recipe):
+    rows = []
+    for name, default, kind, meaning in recipe:
+        value = {None: "", False: ""}.get(default, default)
+        if isinstance(kind, list):
+            meaning = f"{', '.join(f'`{word}`' for word in kind)}: {meaning}"
+        meaning = re.sub(r"<(\w+)>", r"&lt;\1&gt;", meaning).replace("|", "\\|")
+        rows.append((f"`--{name}`", value, meaning))
+    return table(("flag", "default", "meaning"), rows)
+
+
+GENERATED = {"claim": claim, "small": small_table, "seeds": seeds_table,
+             "compared": compared_table, "es": es_table, "smollm2": smollm2_table,
+             "recipe": lambda: flag_table(train.RECIPE),
+             "program": lambda: flag_table(flags.PROGRAM)}
+if ARITHMETIC:
+    GENERATED["arithmetic"] = arithmetic_table
+for path in sorted(ROOT.glob("results/figures/*.runs.json")):  # of tools/sweep.py: F7, ...
+    GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
+if {"F1", "F2"} <= GENERATED.keys():
+    GENERATED["factor"] = lambda: factor.markdown(
+        *(sweep_table.load(ROOT / f"results/figures/{name}.runs.json") for name in ("F1", "F2")),
+        ("worked", "own"))
