@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from support.adapter_file import check_base
 from support.errors import InputError
-from support.files import make_folder, read_json, replacing, write_json
+from support.files import make_folder, open_tensors, read_json, replacing, write_json
 from tinylora import DTYPES, TARGETS, fingerprint
 
 PREFIX = "base_model.model.model."  # PEFT's, before the names of this project's modules
@@ -159,7 +159,7 @@ def load(folder, model):
     if not path.is_file():  # a pipe would keep us waiting
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             made_for = (file.metadata() or {}).get("base")
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:

@@ -2,10 +2,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from support.checkpoint import same_base
 from support.errors import InputError
+from support.files import open_tensors
 
 METHODS = ("tinylora", "lora-xs")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +23,7 @@ def read(path):
     if not Path(path).is_file():  # a pipe would keep us waiting
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "tinylora" or list(file.keys()) != ["v"]:
                 raise InputError(f"{path}: is not a TinyLoRA adapter (it should hold one tensor, "

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from support.errors import InputError
-from support.files import read_json
+from support.files import open_tensors, read_json
 
 # No size in use comes near this limit, and the product of any three sizes still fits an int64.
 LARGEST_SIZE = 2**20
@@ -173,7 +173,7 @@ def read_weights(folder, config, shapes, dtype, device, cut=None):
     weights = {}
     for shard in shard_files(folder):
         try:
-            with safe_open(shard, framework="pt", device=str(device)) as file:
+            with open_tensors(shard, device) as file:
                 for full_name in file.keys():
                     name = full_name.removeprefix("model.")
                     if is_redundant(name, config):

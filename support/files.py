@@ -9,12 +9,12 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from support.errors import InputError
 
 # Bytes of a file; in memory its contents may be 25 times as large.
-LARGEST = 4 << 20  # of JSON, or a template
+LARGEST = 4 << 20  # of JSON, a template, or the header of a safetensors file
 LARGEST_TOKENIZER = 32 << 20  # that of Llama 3 has 17 MB; it is parsed in another process
 LARGEST_DATA = 256 << 20
 MOST_LINES = 2**20
@@ -83,7 +83,8 @@ def parse_json(text):
     Strings with half of a surrogate pair are refused too: they cannot be written as UTF-8.
     """
     value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()
+    if "\\u" in text:  # only an escape can make one
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
@@ -141,6 +142,18 @@ def append_jsonl(path, rows):
             os.truncate(path, size_before)
         raise InputError(f"{path}: cannot be written ({error}); free some space, "
                          "then go on with --resume, or choose another --out") from None
+
+
+def open_tensors(path, device="cpu"):
+    """safetensors' safe_open, unless the header is so long that its names alone fill the memory.
+
+    SafetensorError or OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST:
+        raise SafetensorError(f"its header has {size:,} bytes; none needs more than {LARGEST:,}")
+    return safe_open(path, framework="pt", device=str(device))
 
 
 def sorted_header(data):

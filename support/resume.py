@@ -16,13 +16,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from support import ranks
 from support.checkpoint import same_base
 from support.errors import InputError
-from support.files import parse_json, read_json, replacing, write_json
+from support.files import open_tensors, parse_json, read_json, replacing, write_json
 from support.terminal import printable
 
 FILES = ("state-0.safetensors", "state-1.safetensors")
@@ -183,7 +183,7 @@ def read(path, out):
     if not path.is_file():  # a pipe would keep us waiting
         raise InputError(f"{path} is not an ordinary file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:

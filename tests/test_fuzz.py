@@ -294,7 +294,7 @@ ABSURD = {  # what is done to the folder, words of the message (None: it is read
     "a pipe for a shard": (piped(SHARD), "not there"),
     "a template that is no text": (rewritten("chat_template.jinja", b"\xff"), "chat_template"),
     "a header of 100 GB": (rewritten(SHARD, (100 << 30).to_bytes(8, "little") + b"{" * 100),
-                           "header too large"),
+                           "its header has"),
     "an offset of 10**18": (rewritten(SHARD, len(FAR).to_bytes(8, "little") + FAR + b" " * 90),
                             "damaged"),
     "256 layers": (configured(num_hidden_layers=256), "in no shard"),
