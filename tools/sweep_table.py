@@ -123,7 +123,7 @@ def draw(document, out):
     runs = document["runs"]
     score = runs[document["settings"][0]["runs"][0]]["score"]
     untrained = base(document)
-    figure, axes = plt.subplots(1, len(MODES), figsize=(11, 4.2), dpi=110, sharey=True)
+    figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.2), dpi=110, sharey=True)
     for axis, mode in zip(axes, MODES):
         for series in dict.fromkeys(row["series"] for row in table):
             points = sorted((row["x"], *row[mode][score]) for row in table
@@ -135,7 +135,7 @@ def draw(document, out):
         axis.set(title=f"{score}, {mode}", xlabel=document["definition"]["axis"], xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.04)
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside, over nothing
     figure.suptitle(document["definition"]["title"])
     figure.tight_layout()
     save(figure, out)
