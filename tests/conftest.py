@@ -18,8 +18,22 @@ import torch
 
 from helpers import ASSETS
 
+from fast import sampling, training
+from support import threads
+
 # Most products here are small: more threads gain little, and wait long where a core is busy.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Thread counts and what memory allowed are one test's, not the next one's."""
+    monkeypatch.setattr(threads, "workers", 1)
+    monkeypatch.setattr(training, "fitting", float("inf"))
+    monkeypatch.setattr(sampling, "fitting", float("inf"))
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 LAYOUTS = {"qwen": ["--as-qwen2"], "llama": []}

@@ -19,17 +19,6 @@ from support import threads
 from support.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """Thread counts and what memory allowed are one test's, not the next one's."""
-    monkeypatch.setattr(threads, "workers", 1)
-    monkeypatch.setattr(training, "fitting", float("inf"))
-    monkeypatch.setattr(sampling, "fitting", float("inf"))
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------- micro-batches
 
 def batch():
