@@ -141,7 +141,9 @@ def test_a_restart_loses_and_repeats_nothing(folder, monkeypatch, capsys, end):
     monkeypatch.setenv("FAKE_SECONDS", "0.5")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-c", MAIN, str(folder / "train.py"), *words(folder)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    # a shell that runs the tests in the background lets them ignore Ctrl-C
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while len(events(folder, "start")) < 4:
         assert process.poll() is None
         time.sleep(0.02)
