@@ -55,7 +55,7 @@ def test_readme_is_short_and_begins_with_the_result():
     assert "](results/toy.png)" in screen
     commands = [line for line in lines if line.startswith("pip install")]  # .ci/run runs these two
     assert commands == ["pip install -r requirements.txt && python train.py --params 13",
-                        "pip install -r requirements-dev.txt && python -m pytest -q"]
+                        "pip install -r requirements-dev.txt && python -m pytest -q -n 2 --dist loadfile"]
     assert all(f"```bash\n{command}\n```" in screen for command in commands)
 
 
@@ -187,7 +187,7 @@ def test_the_library_example_runs(tmp_path):
     assert len(code.splitlines()) <= 24 and max(map(len, code.splitlines())) <= 100
     check = ("\nassert v.shape == (13, 1) and v.abs().max() > 0"
              "\nassert torch.equal(tinylora.load('adapter.safetensors', again), v)\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, text=True,
                             capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
