@@ -54,8 +54,9 @@ def test_readme_is_short_and_begins_with_the_result():
     screen = "\n".join(lines[:30])
     assert "](results/toy.png)" in screen
     commands = [line for line in lines if line.startswith("pip install")]  # .ci/run runs these two
-    assert commands == ["pip install -r requirements.txt && python train.py --params 13",
-                        "pip install -r requirements-dev.txt && python -m pytest -q -n 2 --dist loadfile"]
+    assert commands == [
+        "pip install -r requirements.txt && python train.py --params 13",
+        "pip install -r requirements-dev.txt && python -m pytest -q -n 2 --dist loadfile"]
     assert all(f"```bash\n{command}\n```" in screen for command in commands)
 
 
