@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support import adapter_file, ranks
+from support import adapter_file, fitting, ranks
 from support.checkpoint import read_config
 from support.errors import InputError
 from support.files import read_json
@@ -335,7 +335,7 @@ def check_text(name, value):
 
 
 def settle(args, scores, train_rows):
-    """The defaults that depend on the task: --reward and --steps; InputError if they do not fit."""
+    """The defaults that depend on the task or on the GPU; InputError if they do not fit."""
     args.reward = args.reward or scores[0]
     if args.reward not in scores:
         raise InputError(f"--reward {args.reward}: the task's scores are {', '.join(scores)}")
@@ -344,3 +344,5 @@ def settle(args, scores, train_rows):
     if args.algo == "sft" and not all(row.get("solution") for row in train_rows):
         raise InputError(f"--algo sft: {args.data} has problems without a worked solution to "
                          f"learn from")
+    if args.device.startswith("cuda"):
+        fitting.lower(args)

@@ -4,11 +4,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from helpers import ROOT, config, one_error, tiny, write_folder
 
 import fast
 import grpo
+import train
+from support import fitting
+from support.flags import settle
 from tools import dry, fit
 from tools.probe import Model
 
@@ -62,3 +66,21 @@ def test_the_flags_to_paste(tmp_path, capsys, monkeypatch):
                   []):
         assert fit.main(words) == 2
         one_error(capsys, "--gpu" if not words else "--model")
+
+
+@pytest.mark.parametrize("gib, changed, says", [
+    (24, {}, ""), (1.2, {"rollout_rows": 64}, "to fit 1.2 GiB: --rollout-rows 64\n"),
+    (0.5, {}, "note: what fits 0.5 GiB is not known (error: --model")])
+def test_a_run_on_a_gpu_begins_with_what_fits(gib, changed, says, monkeypatch, capsys):
+    """The GPU is pretended, the count is real: the toy, in 0.2 GiB beside what CUDA takes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gib * 2**30))
+    args = train.flags(["--max-new-tokens", "1024", "--group", "8", "--reward", "strict"])
+    args.device = "cuda"
+    args.dtype = "bf16"
+    before = dict(vars(args))
+    settle(args, ["strict"], [{}])
+    assert vars(args) == before | changed
+    assert capsys.readouterr().out.startswith(says)
+    args.method = "lora"  # is not counted
+    monkeypatch.setattr(fitting.subprocess, "run", None)
+    settle(args, ["strict"], [{}])
