@@ -141,7 +141,7 @@ def evaluate(run, problems, label, step, sampled=False):
     texts, *columns = zip(*ranks.gather(results))
     means = {name: sum(column) / len(problems)
              for name, column in zip(["length", *run.score_names], columns)}
-    report.write_samples(run, problems, texts, step, sampled)
+    report.write_samples(run, problems, texts, columns[1:], step, sampled)
     report.print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
     return means
 

@@ -53,7 +53,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     device = model.embed_tokens.weight.device
     noise = grpo.noise_tensor(noise, (len(prompts) * group, max_new_tokens), temperature, device)
     while True:
-        size = max(1, int(min(len(prompts), fitting // group)))  # prompts
+        size = max(1, int(min(len(prompts) * group, fitting)) // group)  # prompts
         parts = []
         try:
             for start in range(0, len(prompts), size):

@@ -28,7 +28,7 @@ def lower(args):
     _, total = torch.cuda.mem_get_info(args.device)
     gib = f"{total / 2**30:.1f}"
     command = [sys.executable, "-m", "tools.fit", "--model", find_model(args.model), "--gpu", gib,
-               "--engine", args.engine, "--group", str(max(1, args.group)),
+               "--engine", args.engine, "--group", str(args.group),
                "--max-new-tokens", str(max(16, args.max_new_tokens))]
     try:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},

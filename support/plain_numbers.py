@@ -10,7 +10,8 @@ DIGIT = r"[\d¹²³¼-¾⁰-₉⅐-↉]"
 GAP = r"(?:[^\w\n.]|\.(?=\S)|_|\\[a-zA-Z]+)*"
 # What, after a number, makes another value of it. Units, words, full stops and markup do not.
 CONTINUATIONS = (
-    # 5/2, 5², 5½, 1,0000, 5'000, 5:30, 5, 6, 5 1/2, 5 - 6, 5^{2}, 5 \times 10, 5\frac{1}{2}, 5 (6)
+    # 5/2, 5², 5½, 1,0000, 5'000, 5:30, 5, 6, 5 1/2, 5 - 6, 5^{2}, 5 \times 10, 5\frac{1}{2},
+    # 5 (6)
     rf"{GAP}{DIGIT}",
     # 5 million, 5 \text{ million}, 5 or six, 5 and a half, 5 squared, 5\pi
     rf"{GAP}(?i:hundred|thousand|milliard|million|billion|trillion|dozen|lakh|crore|squared|cubed|"

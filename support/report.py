@@ -156,13 +156,16 @@ def check_adapter(settings, args):
                              f"{made_with}")
 
 
-def write_samples(run, rows, texts, step, sampled):
-    """Append the first responses of an evaluation to samples.jsonl."""
+def write_samples(run, rows, texts, columns, step, sampled):
+    """Append the first responses of an evaluation to samples.jsonl.
+
+    columns: each score of all responses, in the order of run.score_names.
+    """
     if ranks.RANK:
         return
     samples = []
-    for row, text in list(zip(rows, texts))[:run.args.samples]:
-        scores = {name: float(x) for name, x in run.task.score(text, row).items()}
+    for row, text, *values in list(zip(rows, texts, *columns))[:run.args.samples]:
+        scores = dict(zip(run.score_names, values))
         samples.append({"step": step, "sampled": sampled} | sample(run, row, text, scores))
     append_jsonl(Path(run.args.out) / "samples.jsonl", samples)
 

@@ -31,7 +31,8 @@ CASES = {"flags": 40, "model": 30, "adapter": 15, "data": 10, "resume": 15, "too
 SMALL = ["--steps", "1", "--prompts", "2", "--group", "2", "--minibatches", "1",
          "--max-new-tokens", "4", "--eval-count", "2"]
 # No large number that is allowed: it would only take long.
-NUMBERS = ["-1", "0", "1", "2", "3", "-0", "1.5", "1_0", "0x10", "1e3", " 2", "٣", "", "two", "NaN",
+NUMBERS = ["-1", "0", "1", "2", "3", "-0", "1.5", "1_0", "0x10", "1e3", " 2", "٣", "", "two",
+    "NaN",
            "inf", "-inf", "1e400", "-1e-5", "1e-400", str(2**31 + 1), str(2**32), str(2**40),
            str(2**62), str(2**63 - 1), str(2**63), str(2**64), "9" * 400, "9" * 5000]
 TEXTS = ["", "x", "é", "nowhere", "/etc/passwd", "/dev/null", "/dev/zero", "/", "..", "~", "a/b",

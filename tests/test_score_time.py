@@ -29,10 +29,12 @@ LATEX = [
     "2\\pi/3", "\\sqrt{2}/\\sqrt{3}", "x^{2}", "_{5}", "\\cdot", "\\times", "\\cdot\\pi", "\\cup",
     "\\pm", "\\infty", "\\begin{pmatrix}", "\\end{pmatrix}", "\\begin{bmatrix}", "π", "°", "∞",
     "∪", "±", "\u2212", "(C)", "Even", "\\boxed", "\\boxed{", "\\boxed ", "\\boxed 5",
-    "\\boxed{5}", "\\fbox{", "\\fbox", "\\box", "\\", "<", ">", "<=", ">=", "≤", "≥", "!=", "\\le",
+    "\\boxed{5}", "\\fbox{", "\\fbox", "\\box", "\\", "<", ">", "<=", ">=", "≤", "≥", "!=",
+    "\\le",
     "\\leqslant", "\\geq", "\\lt", "\\gt", "\\neq", "x<", "1<x", "<x<", "≈", "\\approx",
     "x\\approx", "x=5=", "|", "|x|=", "A:B=", "(p,q)=", "(x,", "x_1", "AB", "\\frac{AB}{CD}=",
-    "percent", " percentage", "pct", "€", "\\begin{array}{cc}", "\\end{array}", "2i+1", "x-", "^-",
+    "percent", " percentage", "pct", "€", "\\begin{array}{cc}", "\\end{array}", "2i+1", "x-",
+    "^-",
     "\\cdot-", "\\sin x", "\\theta", "(1,2),", "1;", "1,22",
 ]
 # The same for gsm8k.py and support/plain_numbers.py.
