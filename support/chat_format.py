@@ -108,6 +108,10 @@ class Chat:
                              f"the limit is {LONGEST_PROMPT:,}")
         return ids
 
+    def encode(self, text):
+        """The token ids of a text as it stands, without the template."""
+        return self._tokenize("encode", text)
+
     def response(self, prompt, response, system=None):
         """The token ids of a given response, up to and including the first stop token (for SFT)."""
         before = self.text(prompt, system)
