@@ -30,7 +30,7 @@ def load(path):
     runs = read_json(path).get("runs")
     if not isinstance(runs, dict):
         raise InputError(f"{path}: was not written by tools.path")
-    runs = {folder: run for folder, run in runs.items()}
+    runs = {folder: run for folder, run in runs.items() if {"0 x", "1 x"} <= run["points"].keys()}
     if not runs:
         raise InputError(f"{path}: has no run that is measured; run tools.path again")
     return runs
