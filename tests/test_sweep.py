@@ -53,6 +53,9 @@ for when, step, k in (("base", 0, 15), ("final", 5, wrong)):
                   "scores": {"strict": x, "format": 1.0}} for i, x in enumerate(right)]
 (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (out / "summary.tmp").write_text(json.dumps(summary))
+log = [{"step": i, "strict": i / 10, "length": 3.0, "gap": None, "v": [0.5, i / 3]}
+       for i in range(1, 6)]
+(out / "log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in log))
 tell("end")
 (out / "summary.tmp").rename(out / "summary.json")
 '''
@@ -177,6 +180,9 @@ def test_the_table_is_computed_from_the_json(folder, monkeypatch, capsys):
     found = document(folder)
     keys = found["settings"][1]["runs"]
     assert found["table"] == sweep_table.rows(found)
+    assert found["runs"][keys[0]]["steps"] == {  # of the log, as far as it goes
+        "reward": [0.1, 0.2, 0.3, 0.4, 0.5], "length": [3.0] * 5, "gap": [None] * 5,
+        "v": [[0.5, round(i / 3, 6)] for i in range(1, 6)]}
     row = found["table"][1]
     wrong = [round(20 * (1 - found["runs"][k]["final"]["greedy"]["strict"])) for k in keys]
     assert wrong == [6, 7, 8] and row["greedy"]["strict"] == pytest.approx([0.65, 0.6, 0.7])
