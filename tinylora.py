@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from support.adapter_file import DTYPES, VERSION, check_settings, check_size, read
 from support.checkpoint import fingerprint
+from support.directions import ALL, pick
 from support.errors import InputError
 from support.files import replacing, sorted_header
 
@@ -123,7 +124,7 @@ def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
     Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
-    4 evaluation): numpy repeats short ones, [5, 3] and [5, 3, 3, 1] are one stream.
+    4 evaluation, 8 directions): numpy repeats short ones, [5, 3] and [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -171,11 +172,12 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
 
 
 def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
-          method="tinylora", svd=svd):
+          method="tinylora", svd=svd, directions="top"):
     """Freeze the model and put a TinyLoRALinear in the place of all 7 linears of every block.
 
     Returns v (ties, u), fp32, zeros: the one trainable tensor. params, u, n_tie, tying: see plan.
     method: "lora-xs" takes its sizes from the rank. svd: the solver, or fast/lanczos.py's.
+    directions: see support/directions.py.
     model.adapter gets the settings for the file. InputError: no such plan, or a damaged weight.
     """
     if hasattr(model, "adapter"):
@@ -196,7 +198,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     v = nn.Parameter(torch.zeros(ties, u, dtype=torch.float32, device=like.device))
     places = [(layer, target) for layer in model.layers for target in TARGETS]
     linears = [layer.get_submodule(target) for layer, target in places]
-    factors = svd([linear.weight for linear in linears], rank)
+    factors = svd([linear.weight for linear in linears], rank if directions == "top" else ALL)
     bar = tqdm(places, desc="SVD", unit="matrix", leave=False, disable=None)  # None: off in a pipe
     for index, (layer, target) in enumerate(bar):
         if method == "lora-xs":
@@ -204,13 +206,16 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
         else:
             P = random_P(u, rank, seed, index)
         try:
-            module = TinyLoRALinear(linears[index], v, tie_of[index], P, next(factors))
+            own = pick(next(factors), directions, rank, seed, index)
+            module = TinyLoRALinear(linears[index], v, tie_of[index], P, own)
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
         layer.set_submodule(target, module)
     # "groups" is what the file format calls ties; n_tie 0 stands for None
     model.adapter = {"method": method, "rank": rank, "u": u, "tie": tying, "n_tie": n_tie or 0,
                      "groups": ties, "seed": seed, "targets": ",".join(TARGETS), "base": base}
+    if directions != "top":
+        model.adapter["directions"] = directions
     return v
 
 
@@ -236,7 +241,8 @@ def load(path, model, svd=svd):
     check_settings(path, wanted, here)
     if not hasattr(model, "adapter"):
         adapt(model, stored.numel(), wanted["u"], wanted["n_tie"] or None, wanted["tie"],
-              wanted["rank"], wanted["seed"], wanted["method"], svd)
+              wanted["rank"], wanted["seed"], wanted["method"], svd,
+              wanted.get("directions", "top"))
     v = model.layers[0].self_attn.q_proj.v
     v.copy_(stored.view_as(v))
     return v

@@ -39,6 +39,7 @@ RECIPE = [
     ("n-tie", None, count, "modules (tiled) or layers (structured) per tie"),
     ("tie", None, ["tiled", "structured"], "who shares v (tiled)"),
     ("rank", None, count, "number of SVD directions (2), or LoRA's rank (1)"),
+    ("directions", None, ["top", "middle", "bottom", "random"], "which of them (top)"),
     ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "in which what is trained is kept and saved"),
     ("seed", 0, seed, "of the random P, the problems' order, the sampling"),
     ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or SFT"),
@@ -121,8 +122,7 @@ def score(run, rollout, problems):
     mask = rollout.mask.cpu()
     texts = [run.chat.decode(i, m) for i, m in zip(ids, mask)]
     scores = [run.task.score(text, problems[i // group]) for i, text in enumerate(texts)]
-    return texts, {name: torch.tensor([float(s[name]) for s in scores])
-                   for name in run.score_names}
+    return texts, {name: torch.tensor([float(s[name]) for s in scores]) for name in run.score_names}
 
 
 def evaluate(run, problems, label, step, sampled=False):
@@ -139,8 +139,7 @@ def evaluate(run, problems, label, step, sampled=False):
         columns = [scores[name].tolist() for name in run.score_names]
         results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
     texts, *columns = zip(*ranks.gather(results))
-    means = {name: sum(column) / len(problems)
-             for name, column in zip(["length", *run.score_names], columns)}
+    means = {name: sum(x) / len(problems) for name, x in zip(["length", *run.score_names], columns)}
     report.write_samples(run, problems, texts, columns[1:], step, sampled)
     report.print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
     return means
@@ -154,8 +153,9 @@ def adapt(model, args, engine):
     elif args.adapter:
         params = [tinylora.load(args.adapter, model, engine.svd)]
     else:
-        params = [tinylora.adapt(model, args.params, args.u, args.n_tie, args.tie or "tiled",
-                                 args.rank or 2, args.seed, args.method, engine.svd)]
+        params = [tinylora.adapt(
+            model, args.params, args.u, args.n_tie, args.tie or "tiled", args.rank or 2, args.seed,
+            args.method, engine.svd, args.directions or "top")]
     report.check_adapted(model, params, args)
     return params
 

@@ -33,7 +33,7 @@ def truncated_svd(W, rank, tol=TOLERANCE):
     equal singular values may keep it from converging; then a full SVD is taken, as it is where W is
     so small that the basis would fill the space. InputError: W holds NaN or infinity.
     """
-    if W.is_meta:
+    if W.is_meta or rank > min(W.shape):  # all triplets: from one solver in both engines
         return tinylora.truncated_svd(W, rank)
     m, n = W.shape
     W, e = tinylora.scaled(W)

@@ -5,6 +5,7 @@ import torch
 from safetensors import SafetensorError
 
 from support.checkpoint import same_base
+from support.directions import KINDS
 from support.errors import InputError
 from support.files import open_tensors
 
@@ -41,16 +42,20 @@ def read(path):
         raise InputError(f"{path}: its metadata is damaged ({error})") from None
     settings["method"] = metadata.get("method", "tinylora")  # the first adapters did not say
     settings["model"] = metadata.get("model", "")
+    directions = metadata.get("directions", "top")
+    if directions != "top":  # as in model.adapter
+        settings["directions"] = directions
     limits = {"rank": 1, "u": 1, "groups": 1, "n_tie": 0, "seed": 0}
     if any(not low <= settings[name] < 2**32 for name, low in limits.items()):
         raise InputError(f"{path}: its metadata is damaged (a number is out of range)")
-    known = settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
+    known = (settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
+             and directions in KINDS)
     if v.numel() > MOST_TRAINED:
         raise InputError(f"{path}: holds {v.numel():,} numbers; the limit is {MOST_TRAINED:,}")
     if not known or v.shape != (settings["groups"] * settings["u"],):
         raise InputError(f"{path}: holds {v.numel()} numbers, its metadata says "
                          f"{settings['method']}, {settings['groups']} {settings['tie']} ties x u "
-                         f"{settings['u']}")
+                         f"{settings['u']}, {directions} directions")
     if v.dtype not in DTYPES.values() or not v.isfinite().all():
         raise InputError(f"{path}: v must be finite numbers in {', '.join(DTYPES)}")
     return v, settings
@@ -59,6 +64,9 @@ def read(path):
 def check_settings(path, wanted, here):
     """InputError unless a file's settings are those of the model, as far as it has them `here`."""
     check_base(path, wanted["base"], wanted["model"], here["base"])
+    wanted = {"directions": "top"} | wanted
+    if "rank" in here:  # a model with an adapter
+        here = {"directions": "top"} | here
     differs = [f"{name} is {wanted[name]} in the file and {here[name]} here"
                for name in here if name != "base" and wanted[name] != here[name]]
     if differs:

@@ -87,8 +87,8 @@ PROGRAM = [
 # What a model folder's tinylora.json may not set: outputs, and what would run or read other files.
 RESERVED = ("help", "model", "adapter", "task", "out", "eval-only", "resume", "chat", "wandb",
             "method", "device", "samples")
-SHAPE = ("params", "u", "n-tie", "tie", "rank", "alpha")  # how many numbers there are
-TAKES = {"tinylora": SHAPE[:5], "lora-xs": ("rank",), "lora": ("rank", "alpha"), "full": ()}
+SHAPE = ("params", "u", "n-tie", "tie", "rank", "directions", "alpha")  # how many numbers there are
+TAKES = {"tinylora": SHAPE[:6], "lora-xs": SHAPE[4:6], "lora": ("rank", "alpha"), "full": ()}
 # Flags that mean nothing to an algorithm, or where nothing is trained.
 UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group", "sigma"),
           "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
@@ -96,8 +96,7 @@ UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group
           "grpo": ("sigma",)}
 TRAINING = ("algo", "sigma", "steps", "prompts", "group", "minibatches", "lr", "warmup",
             "temperature", "clip-low", "clip-high", "kl", "grad-clip", "reward", "eval-every",
-            "v-dtype", "params", "u", "n-tie", "tie", "rank", "alpha", "save-every", "recompute",
-            "tokens-per-micro-batch")
+            "v-dtype", *SHAPE, "save-every", "recompute", "tokens-per-micro-batch")
 
 
 def parser(description, recipe):

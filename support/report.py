@@ -138,7 +138,7 @@ def check_adapted(model, params, args):
     total = sum(p.numel() for p in params)
     adapter = getattr(model, "adapter", {})
     if args.adapter:
-        check_adapter(adapter | {"params": total}, args)
+        check_adapter({"directions": "top"} | adapter | {"params": total}, args)
     residuals = [m.residual for m in model.modules() if hasattr(m, "residual")]
     shape = ""
     if residuals:

@@ -21,8 +21,8 @@ WIDTH = 100  # columns
 # What a module may import of this project: modules, or packages with all that is in them.
 ALLOWED = {
     "model": {"support.errors", "support.checkpoint"},
-    "tinylora": {"model", "support.adapter_file", "support.checkpoint", "support.errors",
-                 "support.files"},
+    "tinylora": {"model", "support.adapter_file", "support.checkpoint", "support.directions",
+                 "support.errors", "support.files"},
     "grpo": {"model", "tinylora", "support.errors", "support.ranks"},
     "gsm8k": {"support"},
     "train": {"model", "tinylora", "grpo", "gsm8k", "support"},

@@ -32,12 +32,12 @@ ranks.join("cpu", shard=True)
 torch.set_num_threads(1)
 result = []
 for engine in (grpo, fast):
-    for method in ("tinylora", "lora-xs"):
+    for method, kind in (("tinylora", "top"), ("lora-xs", "top"), ("tinylora", "random")):
         kept = []
         for load, solver in ((transformer.load, engine), (shard.load, shard.in_parts(engine))):
             model = load({folder!r}, torch.float64)
             v = tinylora.adapt(model, 13 if method == "tinylora" else None, method=method,
-                               svd=solver.svd)
+                               svd=solver.svd, directions=kind)
             to_double(model)
             random_v(v, 0.1)
             data = rollout(model, engine=engine)
@@ -68,8 +68,8 @@ def torchrun(n, *words):
 
 
 def test_a_part_gives_the_numbers_of_the_whole(tmp_path):
-    """Both engines, TinyLoRA and LoRA-XS, in fp64: the same tokens, log-probs, gradient in v and
-    fingerprint; biases, an untied head, grouped queries."""
+    """Both engines, TinyLoRA (random directions too) and LoRA-XS, in fp64: the same tokens,
+    log-probs, gradient in v and fingerprint; biases, an untied head, grouped queries."""
     folder = write_folder(tmp_path / "model", tiny(heads=8, kv=2, tied=False))
     script = tmp_path / "part.py"
     script.write_text(PART.format(root=str(ROOT), folder=str(folder)))
@@ -78,7 +78,7 @@ def test_a_part_gives_the_numbers_of_the_whole(tmp_path):
     assert process.returncode == 0, errors[-3000:]
     for rank in (0, 1):
         cases = json.loads((folder / f"part-{rank}.json").read_text())
-        assert len(cases) == 4
+        assert len(cases) == 6
         for case in cases:
             assert case["same"] and case["error"] < 1e-9, case
             assert case["gradient"] > 1e-3 and len(set(case["ends"])) > 1

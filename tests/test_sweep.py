@@ -245,7 +245,7 @@ def test_validation_problems_are_in_no_other_set(validation):
 def test_the_figures_can_be_run():
     """Every committed file: flags that train.py takes, equal budgets, no setting twice."""
     paths = [p for p in sorted(sweep_file.FIGURES.glob("*.json")) if p.suffixes == [".json"]]
-    assert {"ES", "F1", "F2", "F4", "F7", "F8"} <= {path.stem for path in paths}
+    assert {"DIRECTIONS", "ES", "F1", "F2", "F4", "F7", "F8"} <= {path.stem for path in paths}
     for path in paths:
         spec = sweep_file.read_definition(path)
         spec["validation"] = "toy"
@@ -279,7 +279,7 @@ def test_a_wrong_file_is_told_in_one_line(folder, validation, capsys, change, me
 def test_other_mistakes_are_told_in_one_line(folder, validation, capsys, monkeypatch):
     """An unknown figure, a file that is not there, seeds that chose the rates, no JSON yet; a run
     that fails; no matplotlib, after the table."""
-    for given, message in ((["F99"], "F99: no such file or figure; the figures are ES, F1"),
+    for given, message in ((["F99"], "F99: no such file or figure; the figures are DIRECTIONS, ES"),
                            (["nothing.json"], "nothing.json: no such file"),
                            (words(folder, "--first-seed", "101"), "rates are chosen on seeds 100"),
                            (words(folder, "--report"), "s.runs.json: no such file")):

@@ -66,13 +66,16 @@ def write_card(out, args, base, v, settings, dtype):
     name = "TinyLoRA (arXiv 2602.04118)"
     if settings["method"] == "lora-xs":
         name = "LoRA-XS (arXiv 2405.17604)"
+    which = f"the rank {settings['rank']} SVD"
+    if "directions" in settings:
+        which = f"{settings['rank']} singular directions ({settings['directions']}) of the SVD"
     library = "peft" if args.to == "peft" else "transformers"
     head = ["---", f"library_name: {library}"]
     if not Path(base).is_absolute():  # what the hub understands
         head.append(f"base_model: {readable(base)}")
     lines = [*head, "---", f"# {name} on {readable(base)}", "",
              f"{v.numel()} trained numbers ({v.nbytes} bytes) in {settings['groups']} ties: "
-             f"W + U S R V^T with the rank {settings['rank']} SVD of every linear layer W.", form,
+             f"W + U S R V^T with {which} of every linear layer W.", form,
              "", load.format(base=base, out=str(Path(out).resolve())),
              *scores_table(Path(args.adapter).parent / "summary.json")]
     with replacing(Path(out) / "README.md") as temporary:

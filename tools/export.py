@@ -176,7 +176,9 @@ def show(args):
     print(printable(f"{path}: {settings['method']}, {v.numel()} trained numbers in {dtype}: "
                     f"{v.nbytes} bytes, in a file of {path.stat().st_size}"))
     print(f"numbers     {settings['groups']} {settings['tie']} ties x u {settings['u']}{n_tie}")
-    print(f"rebuilt     from the base model's SVD of rank {settings['rank']} and {P}, "
+    which = settings.get("directions", "top")
+    directions = "" if which == "top" else f" ({which} directions)"
+    print(f"rebuilt     from the base model's SVD of rank {settings['rank']}{directions} and {P}, "
           f"on {settings['targets'][:200]!r}")
     print(f"base model  {base}, fingerprint {settings['base'][:12]!r}...")
     print(f"v           |v| = {v.double().norm():.4g}: {numbers}{more}")

@@ -75,8 +75,8 @@ def settings_of(config):
     trained = config.get("trained")
     trained = trained if isinstance(trained, dict) else {}
     settings = {name: x for name, x in config.items() if name not in IGNORED}
-    settings |= {name: trained[name] for name in ("rank", "alpha", "u", "tie", "n_tie")
-                 if name in trained}
+    settings |= {name: trained[name] for name in trained
+                 if name in ("rank", "directions", "alpha", "u", "tie", "n_tie")}
     if "groups" in trained and "u" in trained:  # ties, in the file format's words
         settings["params"] = trained["groups"] * trained["u"]
     return {name: x for name, x in settings.items() if x not in (None, False, "")}

@@ -30,6 +30,7 @@ HASHED = 64 << 20  # bytes; of a larger file only the size tells whether it is t
 # Flags that are the sweep's own, and those that do not decide a result (beside tools/runs.py's).
 OWN = ("lr", "seed", "samples", "out", "resume", "eval-only", "chat", "save-every", "wandb")
 NO_MATTER = IGNORED | {"eval_every", "shard"}
+LATER = {("directions", None)}  # newer flags, where they change nothing: older runs keep their keys
 FIELDS = {"title": str, "axis": str, "flags": dict, "validation": (str, int), "settings": list,
           "tuning_seeds": int, "score": str}
 SETTING = {"name": str, "series": str, "lr": (int, float), "flags": dict, "x": (int, float),
@@ -118,7 +119,8 @@ def prepare(spec, setting, folder):
 
 def identity(resolved):
     """The flags that decide a result, with what lies at their paths in place of the paths."""
-    settings = {name: x for name, x in resolved.items() if name not in NO_MATTER}
+    settings = {name: x for name, x in resolved.items()
+                if name not in NO_MATTER and (name, x) not in LATER}
     paths = ("model", "data", "task", "adapter")
     return settings | {name: contents(resolved[name]) for name in paths}
 
