@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinylora import TinyLoRALinear
 
-LARGE = 2**18  # numbers in a weight from which on oneDNN's product is faster than the default, MKL's
+LARGE = 2**18  # numbers in a weight from which on oneDNN is faster than the default, MKL
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -28,11 +28,12 @@ def test_a_run_learns_from_dealt_out_rewards(tmp_path, monkeypatch, capsys):
     real = grpo.advantages
     monkeypatch.setattr(grpo, "advantages", lambda rewards: seen.append(rewards) or real(rewards))
     flags = ["--model", str(TOY), "--params", "13", "--steps", "2", "--prompts", "4", "--group",
-             "8", "--eval-count", "4", "--max-new-tokens", "24", "--samples", "32", "--out"]
+             "8", "--eval-count", "4", "--max-new-tokens", "48", "--samples", "32",
+             "--reward", "format", "--out"]
     assert shuffled.main([*flags, str(tmp_path / "run")]) == 0
     assert len(seen) == 2
     rows = map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines())
-    own = torch.tensor([row["scores"]["strict"] for row in rows if row.get("rollout")]).view(4, 8)
+    own = torch.tensor([row["scores"]["format"] for row in rows if row.get("rollout")]).view(4, 8)
     assert torch.equal(seen[0].sort(1).values, own.sort(1).values)
     assert not torch.equal(seen[0], own)
     capsys.readouterr()
