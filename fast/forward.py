@@ -17,20 +17,34 @@ from torch.utils.checkpoint import checkpoint
 
 from tinylora import TinyLoRALinear
 
-LARGE = 2**18  # numbers in a weight from which on the transposed product is faster
-FEW = 64  # ... and up to so many rows
+LARGE = 2**18  # numbers in a weight from which on oneDNN is faster than the default, MKL
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Product(torch.autograd.Function):
+    """F.linear(x, W, bias) of a frozen W, in fp32 on a CPU, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.save_for_backward(W)
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, dy):
+        [W] = ctx.saved_tensors
+        return torch.ops.mkldnn._linear_pointwise(dy, W.T, None, "none", [], ""), None, None
 
 
 def linear(x, W, bias=None):
-    """F.linear(x, W, bias), x (N, d_in); on a CPU by W x^T where W is large and x has few rows.
+    """F.linear(x, W, bias), x (N, d_in); in fp32 on a CPU by oneDNN where W is large and frozen.
 
-    On several threads in fp32 that kernel is 1.1 (64 rows) to 3 times (4 rows) faster.
+    That is 1.1 to 1.2 times faster; 1.3 to 2 times for the head of a small model (measured on a
+    Zen 4 processor, 1 to 256 rows).
     """
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= FEW
-    if not few or W.numel() < LARGE:
-        return F.linear(x, W, bias)
-    y = W @ x.T if bias is None else torch.addmm(bias[:, None], W, x.T)  # (d_out, N)
-    return y.T.contiguous()
+    exact = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
+    if ONEDNN and exact and W.numel() >= LARGE and not W.requires_grad:
+        return Product.apply(x, W, bias)
+    return F.linear(x, W, bias)
 
 
 def base_linear(module, x):

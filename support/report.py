@@ -20,6 +20,7 @@ from support.terminal import printable, shell_word
 COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f",
            "gap": ".0e", "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}
 MODES = ("greedy", "T = 1")  # how an evaluation samples; a pair (greedy, sampled) has this order
+FEW = 128  # trained numbers up to which a step's row holds all of them
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a trained number, by --v-dtype
 FIRST_COLUMN = 24  # characters of the final table's first column, or more for long names
 ANSWERS = 3  # that the end of a run shows, before and after
@@ -60,6 +61,8 @@ def step_row(step, rollout, scores, updates, params, args, rate, start):
         row["signal"] = updates[0]["signal"]
     row["grad_norm"] = sum(update["grad_norm"] for update in updates) / len(updates)
     row["v_norm"] = total_norm(params)
+    if sum(p.numel() for p in params) <= FEW:
+        row["v"] = [x for p in params for x in p.detach().flatten().tolist()]
     tokens, responses = ranks.total(int(rollout.mask.sum()), len(rollout.prompts))
     seconds = time.time() - start
     row |= {"length": tokens / responses, "lr": rate, "tokens": int(tokens),
@@ -337,6 +340,6 @@ def wandb_logger(args):
                          "or leave the flag out") from None
 
     def log(row):
-        present = {name: value for name, value in row.items() if value is not None}
+        present = {name: x for name, x in row.items() if x is not None and name != "v"}
         wandb.log(present, step=row["step"])
     return log

@@ -234,7 +234,8 @@ def test_every_way_to_apply_a_layer_is_the_formula(dtype, tolerance):
 
 
 def test_linear_is_the_product_for_any_sizes():
-    """Few rows and many, weights large and small, inputs transposed or not, bias or none."""
+    """Few rows and many, weights large and small, inputs transposed or not, bias or none; so is its
+    gradient, also of weights that are trained."""
     rng = np.random.RandomState(0)
     for d_out in (700, 90):
         W = torch.from_numpy(rng.standard_normal((d_out, 400))).float()
@@ -245,6 +246,13 @@ def test_linear_is_the_product_for_any_sizes():
                 assert forward.linear(laid, W).is_contiguous()
                 close(forward.linear(laid, W), x @ W.T, 1e-4)
                 close(forward.linear(laid, W, bias), x @ W.T + bias, 1e-4)
+                for weight in (W, W.clone().requires_grad_()):
+                    leaf = laid.clone().requires_grad_()
+                    dy = forward.linear(leaf, weight, bias).detach().cos()
+                    forward.linear(leaf, weight, bias).backward(dy)
+                    close(leaf.grad, dy @ W, 1e-4)
+                    if weight.requires_grad:
+                        close(weight.grad, dy.T @ x, 1e-4)
 
 
 def test_training_keeps_no_more_than_it_must():

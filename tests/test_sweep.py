@@ -10,9 +10,8 @@ import pytest
 
 from helpers import ROOT, TOY, one_error, read_rows
 
-import gsm8k
 from support.errors import InputError
-from tools import compare, jobs, own_solutions, sweep, sweep_file, sweep_table
+from tools import compare, jobs, sweep, sweep_file, sweep_table
 
 # Scores that are known: on the validation problems the best rate is BEST[params], on the test
 # problems a smaller one. A run tells events.jsonl when it begins, goes on and ends.
@@ -53,6 +52,9 @@ for when, step, k in (("base", 0, 15), ("final", 5, wrong)):
                   "scores": {"strict": x, "format": 1.0}} for i, x in enumerate(right)]
 (out / "samples.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (out / "summary.tmp").write_text(json.dumps(summary))
+log = [{"step": i, "strict": i / 10, "length": 3.0, "gap": None, "v": [0.5, i / 3]}
+       for i in range(1, 6)]
+(out / "log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in log))
 tell("end")
 (out / "summary.tmp").rename(out / "summary.json")
 '''
@@ -177,6 +179,9 @@ def test_the_table_is_computed_from_the_json(folder, monkeypatch, capsys):
     found = document(folder)
     keys = found["settings"][1]["runs"]
     assert found["table"] == sweep_table.rows(found)
+    assert found["runs"][keys[0]]["steps"] == {  # of the log, as far as it goes
+        "reward": [0.1, 0.2, 0.3, 0.4, 0.5], "length": [3.0] * 5, "gap": [None] * 5,
+        "v": [[0.5, round(i / 3, 6)] for i in range(1, 6)]}
     row = found["table"][1]
     wrong = [round(20 * (1 - found["runs"][k]["final"]["greedy"]["strict"])) for k in keys]
     assert wrong == [6, 7, 8] and row["greedy"]["strict"] == pytest.approx([0.65, 0.6, 0.7])
@@ -318,32 +323,3 @@ def test_a_run_of_this_program(tmp_path, validation):
     assert kept["command"].startswith("python train.py --steps=1 --prompts=2 ")
     with pytest.raises(InputError, match="score 'taste': the scores are strict"):
         sweep.record(run, tmp_path / run["key"], "taste")
-
-
-def test_own_solutions_are_the_models_right_answers(tmp_path, capsys):
-    """Wrong ones, greedy ones and those of test problems must not get in; the committed ones are
-    right answers to training problems."""
-    rows = read_rows(TOY / "train.jsonl")[:3]
-    samples = [{"question": row["question"], "sampled": sampled, "step": 0, "response": response,
-                "scores": {"strict": float(right)}}
-               for i, row in enumerate(rows)
-               for sampled, response, right in ((False, "greedy", 1), (True, f"#### {i}", i != 1))]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    out = tmp_path / "out"
-    assert own_solutions.main([str(tmp_path), str(TOY), str(out)]) == 0
-    assert read_rows(out / "train.jsonl") == [
-        {"question": rows[i]["question"], "answer": f"#### {i}"} for i in (0, 2)]
-    capsys.readouterr()
-    assert own_solutions.main([str(tmp_path), str(TOY), str(out)]) == 2
-    one_error(capsys, "exists already")
-    samples[1]["question"] = read_rows(TOY / "test.jsonl")[0]["question"]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    assert own_solutions.main([str(tmp_path), str(TOY), str(tmp_path / "new")]) == 2
-    one_error(capsys, "line 2: its question is not in the training file")
-
-    committed = ROOT / "results" / "figures" / "own-solutions"
-    gold = {row["question"]: gsm8k.checked(row, "")["gold"]
-            for row in read_rows(TOY / "train.jsonl")}
-    problems, test = gsm8k.load(committed)
-    assert all(problem["gold"] == gold[problem["question"]] for problem in problems)
-    assert test == gsm8k.read_problems(TOY / "test.jsonl")

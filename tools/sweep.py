@@ -21,6 +21,7 @@ command goes on. Runs are known by what decides their result: flags, seed, rate,
 model and data. The code's version is noted with each; after a change of the code that changes
 results, delete the file, and the folder of the runs.
 """
+import json
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import make_folder, read_json, write_json
+from support.files import make_folder, read_json, read_jsonl, replacing
 from support.flags import TOY, Parser, count, natural
 from support.program import run_main
 from support.report import MODES, key, main_score
@@ -41,6 +42,7 @@ from tools.sweep_file import check_budgets, find, prepare, read_definition, requ
 ROOT = TOY.parent
 FACTOR = 3  # between neighbouring learning rates
 MOST_RATES = 9
+FEW = 16  # trained numbers up to which NAME.runs.json keeps the path of v
 TUNING = 100  # the first tuning seed, of at most 100
 
 
@@ -112,7 +114,22 @@ def record(run, folder, score):
             kept[f"{when}_right"] = {
                 mode: right(found[step, bool(sampled)], score, summary["eval_count"], folder)
                 for sampled, mode in enumerate(MODES)}
+        kept["steps"] = steps(folder, flags["reward"] or score)
     return kept
+
+
+def steps(folder, reward):
+    """{column: a value a step} of a run's log: what its rollouts earned, how long they were, how
+    far sampler and trainer lay apart, and v, if it is small. What the log lacks is left out."""
+    rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
+    columns = {}
+    for name, column in (("reward", reward), ("length", "length"), ("gap", "gap")):
+        if column in rows[0]:  # SFT has no reward
+            values = [row[column] for row in rows]
+            columns[name] = [None if x is None else float(f"{x:.4g}") for x in values]
+    if len(rows[0].get("v", [])) in range(1, FEW + 1):
+        columns["v"] = [[round(x, 6) for x in row["v"]] for row in rows]
+    return columns
 
 
 def right(evaluation, score, number, folder):
@@ -159,7 +176,7 @@ def sweep(path, args):
 
     def collect(run, out):
         runs[run["key"]] = kept = record(run, out, spec.get("score"))
-        write_json(results, document)
+        write(results, document)
         values = ", ".join(f"{kept['final'][mode][kept['score']]:.3f} {mode}" for mode in MODES)
         print(printable(f"done: {run['split']} {kept['score']} {values}; {kept['command']}"),
               flush=True)
@@ -168,7 +185,17 @@ def sweep(path, args):
     document["settings"] = [setting | known for setting, (_, known)
                             in zip(spec["settings"], states())]
     document["table"] = sweep_table.rows(document)
-    write_json(results, document)
+    write(results, document)
+
+
+def write(path, document):
+    """NAME.runs.json, completely or not at all; a run is a line."""
+    head = {name: value for name, value in document.items() if name != "runs"}
+    runs = ",\n".join(f"  {json.dumps(key)}: {json.dumps(run)}"
+                      for key, run in document["runs"].items())
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    with replacing(path) as temporary:
+        temporary.write_text(f'{text},\n "runs": {{\n{runs}\n }}\n}}\n', encoding="utf-8")
 
 
 def results_file(path, args):
