@@ -212,11 +212,13 @@ def parse(argv):
                  formatter_class=RawDescriptionHelpFormatter)
     cli.add_argument("adapter", metavar="ADAPTER")
     cli.add_argument("--model", default=str(TOY), help="the model before (the toy)")
-    cli.add_argument("--text", action="append", default=[], help="a file of prose; may be repeated")
+    cli.add_argument("--text", action="append", help="a file of prose; may be repeated")
     cli.add_argument("--count", type=count, default=500, help="test problems of the toy (500)")
     cli.add_argument("--device", default="", help="cpu, cuda or cuda:1 (cuda if there is one)")
     cli.add_argument("--out", metavar="FILE.json")
-    return cli.parse_args(argv)
+    args = cli.parse_args(argv)
+    args.text = args.text or []
+    return args
 
 
 def work(args):
