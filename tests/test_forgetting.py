@@ -108,7 +108,7 @@ def test_before_and_after_an_adapter(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_other_models_and_other_methods(tmp_path, capsys):
+def test_other_models_and_other_methods(tmp_path, capsys, monkeypatch):
     """A LoRA's folder; a fully trained model is its own folder, sampled to the same limit."""
     model = transformer.load(TOY)
     params = lora.adapt(model)
@@ -120,7 +120,15 @@ def test_other_models_and_other_methods(tmp_path, capsys):
     assert found["loss"]["plain, answers"]["after"] != found["loss"]["plain, answers"]["before"]
     whole = transformer.load(TOY)
     lora.save_model(tmp_path / "full", whole.state_dict(), TOY, "fp32")
+    inner = opened.opened
+    limits = []
+
+    def noted(args, count):
+        limits.append(args.max_new_tokens)
+        return inner(args, count)
+    monkeypatch.setattr(opened, "opened", noted)
     found = measured(tmp_path, tmp_path / "full", "--count", "4")
+    assert limits == [96, 96]  # toy/tinylora.json's; the other folder brings none
     assert all(x["before"] == x["after"] for x in found["loss"].values())
     for modes in found["asked"].values():
         assert all(pair["before"] == pair["after"] for pair in modes.values())
