@@ -23,18 +23,14 @@ format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed
 import re
 
 from support.boxed import boxed, same
-from support.data import download, read_jsonl, split_paths
+from support.datasets import find_data
 from support.errors import InputError
+from support.files import read_jsonl
 from support.plain_numbers import NUMBER, PLAIN_NUMBER, canonical
 
 # The paper's, after the question, in one user turn; SimpleRL's boxed template for MATH.
 INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-URL = ("https://raw.githubusercontent.com/openai/grade-school-math/"
-       "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/")
-SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-          "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 
 # PLAIN_NUMBER is a number that nothing makes another value of, as 5/2, 5² or 5 million do of 5.
 STRICT = re.compile(rf"####[ \t]*({PLAIN_NUMBER})")
@@ -113,9 +109,5 @@ def read_problems(path):
 
 
 def load(data, eval_only=False):
-    """--data -> (train, test): "gsm8k", downloaded once; a folder; or one file to evaluate on."""
-    if data == "gsm8k":
-        paths = [download(URL + name, f"gsm8k/{name}", sha) for name, sha in SHA256.items()]
-    else:
-        paths = split_paths(data, eval_only)
-    return tuple(read_problems(path) if path else [] for path in paths)
+    """--data -> (train, test): a set's name (support/datasets.py), a folder, or one test file."""
+    return tuple(read_problems(path) if path else [] for path in find_data(data, eval_only))

@@ -22,12 +22,13 @@ import model as transformer
 import tinylora
 from support import program, ranks, report, resume
 from support.chat_format import Chat
-from support.data import load_task
+from support.data import load_problems, load_task
 from support.files import make_folder
 from support.flags import count, fraction, natural, nonnegative, parse, positive, seed, settle
 from support.hub import find_model
 from support.live import LiveBar
 from support.params import reference_logprobs
+from support.scores import averages, print_evaluation
 from support.threads import choose_threads
 
 # The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
@@ -139,9 +140,9 @@ def evaluate(run, problems, label, step, sampled=False):
         columns = [scores[name].tolist() for name in run.score_names]
         results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
     texts, *columns = zip(*ranks.gather(results))
-    means = {name: sum(x) / len(problems) for name, x in zip(["length", *run.score_names], columns)}
+    means = averages(problems, dict(zip(["length", *run.score_names], columns)))
     report.write_samples(run, problems, texts, columns[1:], step, sampled)
-    report.print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
+    print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
     return means
 
 
@@ -237,8 +238,7 @@ def work(args):
     if args.resume and resume.is_finished(out, args.steps):
         return None
     task = load_task(args.task) if args.task else gsm8k
-    train_problems, test_problems = task.load(args.data, args.eval_only)
-    test_problems = test_problems[:args.eval_count]
+    train_problems, test_problems = load_problems(task, args)
     score_names = list(task.score("", test_problems[0]))
     settle(args, score_names, train_problems)
     report.print_settings(vars(args))

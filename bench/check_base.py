@@ -19,6 +19,7 @@ import torch
 import gsm8k
 from support.adapter_file import DTYPES
 from support.chat_format import Chat
+from support.errors import InputError
 from support.files import read_json
 from support.hub import find_model
 from support.program import run_main
@@ -41,6 +42,8 @@ def generate(model, tokenizer, question, config, stop_ids):
 def work(args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     config = read_json(Path(args.run) / "config.json")
+    if config.get("eval_data"):
+        raise InputError(f"{args.run}: has a mean over sets (--eval-data); check one with --data")
     summary = read_json(Path(args.run) / "summary.json")
     folder = find_model(args.model or config["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -16,8 +16,8 @@ def split_paths(data, eval_only):
     if folder.is_dir():
         return folder / "train.jsonl", folder / "test.jsonl"
     if not folder.exists():
-        raise InputError(f"--data {data}: no such file or folder; use gsm8k, or a folder with "
-                         f"train.jsonl and test.jsonl")
+        raise InputError(f"--data {data}: no such file or folder; give a folder with train.jsonl "
+                         f"and test.jsonl")
     if not eval_only:
         raise InputError(f"--data {data}: one file is enough for --eval-only; training takes a "
                          f"folder with train.jsonl and test.jsonl")
@@ -35,6 +35,36 @@ def load_rows(data, eval_only=False):
         return found
     train_path, test_path = split_paths(data, eval_only)
     return rows(train_path), rows(test_path)
+
+
+def load_problems(task, args):
+    """(training problems, test problems) of --data; the latter at most --eval-count.
+
+    With --eval-data the test problems are those of its sets, at most --eval-count of each, one set
+    after the other; every problem then has the name of its set as "eval_set".
+    """
+    if args.eval_data is None:
+        train_problems, test_problems = task.load(args.data, args.eval_only)
+        return train_problems, test_problems[:args.eval_count]
+    test_problems = []
+    for name in set_names(args.eval_data):
+        try:
+            found = task.load(name, True)[1]
+        except InputError as error:
+            raise InputError(str(error).replace("--data ", "--eval-data ", 1)) from None
+        test_problems += [row | {"eval_set": name} for row in found[:args.eval_count]]
+    return [] if args.eval_only else task.load(args.data, False)[0], test_problems
+
+
+def set_names(text):
+    """--eval-data -> the names of its sets."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not name:
+            raise InputError(f"--eval-data {text}: has an empty name; put one comma between two")
+        if names.count(name) > 1:
+            raise InputError(f"--eval-data {text}: has {name} twice")
+    return names
 
 
 def load_task(path):

@@ -15,6 +15,7 @@ import torch
 
 from support import adapter_file, fitting, ranks
 from support.checkpoint import read_config
+from support.datasets import SETS
 from support.errors import InputError
 from support.files import read_json
 from support.hub import find_model
@@ -58,7 +59,8 @@ METAVARS = {str: "X", count: "N", natural: "N", seed: "N"}
 # name, default, kind, meaning; as RECIPE in train.py
 PROGRAM = [
     ("model", os.path.relpath(TOY), str, "folder in Hugging Face layout, or a hub name"),
-    ("data", "gsm8k", str, "gsm8k, a folder of train.jsonl and test.jsonl, or a file"),
+    ("data", "gsm8k", str, "gsm8k, math, a folder of train.jsonl and test.jsonl, or a file"),
+    ("eval-data", None, str, "evaluate on these instead: math500,amc23,aime24, folders, files"),
     ("task", None, str, "Python file with a task (gsm8k.py; see docs/your-own-task.md)"),
     ("instruction", None, str, "what follows each question (the task's sentence)"),
     ("system", None, str, "system message of every prompt (the template's)"),
@@ -86,7 +88,7 @@ PROGRAM = [
 ]
 # What a model folder's tinylora.json may not set: outputs, and what would run or read other files.
 RESERVED = ("help", "model", "adapter", "task", "out", "eval-only", "resume", "chat", "wandb",
-            "method", "device", "samples")
+            "method", "device", "samples", "eval-data")
 SHAPE = ("params", "u", "n-tie", "tie", "rank", "directions", "alpha")  # how many numbers there are
 TAKES = {"tinylora": SHAPE[:6], "lora-xs": SHAPE[4:6], "lora": ("rank", "alpha"), "full": ()}
 # Flags that mean nothing to an algorithm, or where nothing is trained.
@@ -220,7 +222,7 @@ def folder_defaults(settings, rows, cli, given):
         text = isinstance(kind, list) or kind is str
         if isinstance(value, bool) != (kind is bool) or isinstance(value, str) != text:
             raise InputError(f"{path}: {value!r} will not do for {key!r}")
-        if name == "data" and value != "gsm8k":
+        if name == "data" and value not in SETS:
             if "data" not in given and not is_inside(path.parent, value):
                 raise InputError(f"{path}: data {value!r} is not inside the model's folder")
             value = str(path.parent / value)

@@ -6,6 +6,7 @@ if there is none of this name, is the task's main score.
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -14,21 +15,20 @@ from support import hints, ranks
 from support.errors import InputError
 from support.files import append_jsonl, make_folder, read_jsonl, write_json
 from support.params import total_norm
+from support.scores import print_table, summary_scores, summary_sets
 from support.terminal import printable, shell_word
 
 # The columns of a step line after the scores: key of the log row, format.
 COLUMNS = {"signal": ".2f", "loss": ".4f", "length": ".0f", "entropy": ".3f", "v_norm": ".3f",
            "gap": ".0e", "lr": ".1e", "tokens_per_s": ".0f", "seconds": ".1f", "memory_gb": ".1f"}
-MODES = ("greedy", "T = 1")  # how an evaluation samples; a pair (greedy, sampled) has this order
 FEW = 128  # trained numbers up to which a step's row holds all of them
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a trained number, by --v-dtype
-FIRST_COLUMN = 24  # characters of the final table's first column, or more for long names
 ANSWERS = 3  # that the end of a run shows, before and after
 LINE = 80  # characters of each
 ROLLOUTS_EVERY = 10  # steps: from the first, every tenth keeps some of its responses
 # What the scores of an evaluation depend on: repeated in the command that evaluates again.
-EVALUATION_FLAGS = ("data", "task", "instruction", "eval_count", "max_new_tokens", "dtype",
-                    "system")
+EVALUATION_FLAGS = ("data", "eval_data", "task", "instruction", "eval_count", "max_new_tokens",
+                    "dtype", "system")
 
 
 def print_settings(settings):
@@ -160,16 +160,22 @@ def check_adapter(settings, args):
 
 
 def write_samples(run, rows, texts, columns, step, sampled):
-    """Append the first responses of an evaluation to samples.jsonl.
+    """Append the first responses of an evaluation, of each set, to samples.jsonl.
 
     columns: each score of all responses, in the order of run.score_names.
     """
     if ranks.RANK:
         return
     samples = []
-    for row, text, *values in list(zip(rows, texts, *columns))[:run.args.samples]:
+    seen = Counter()
+    for row, text, *values in zip(rows, texts, *columns):
+        name = row.get("eval_set")
+        seen[name] += 1
+        if seen[name] > run.args.samples:
+            continue
         scores = dict(zip(run.score_names, values))
-        samples.append({"step": step, "sampled": sampled} | sample(run, row, text, scores))
+        one = {"step": step, "sampled": sampled} | ({} if name is None else {"set": name})
+        samples.append(one | sample(run, row, text, scores))
     append_jsonl(Path(run.args.out) / "samples.jsonl", samples)
 
 
@@ -215,27 +221,6 @@ def shortened(text, width):
     return text if len(text) <= width else f"{text[:width // 2]} ... {text[-width // 2:]}"
 
 
-def print_evaluation(label, result, count, seconds, scores):
-    """One line for an evaluation. result: the mean of each score and of "length"."""
-    cells = [f"{score} {with_error(result[score], count)}" for score in scores]
-    print(f"{label}: {'  '.join(cells)}  ({count} problems, {result['length']:.0f} tokens each, "
-          f"{seconds:.1f} s)", flush=True)
-
-
-def print_table(base, final, count, scores):
-    """The scores before and after training. base, final: pairs of results (greedy, sampled)."""
-    lines = []
-    for mode, before, after in zip(MODES, base, final):
-        for score in scores:
-            lines.append((f"{mode}, {score}", with_error(before[score], count),
-                          with_error(after[score], count)))
-    width = max(FIRST_COLUMN, *(len(title) for title, _, _ in lines))
-    title = f"{count} held-out problems"
-    print(f"\n{title:<{width + 4}}before            after")
-    for title, before, after in lines:
-        print(f"{title:<{width}}  {before}    {after}")
-
-
 def print_totals(params, size, dtype, tokens, verb, seconds):
     """How much was trained, in how many bytes. verb: what was done with the tokens."""
     print(f"{params:,} trainable numbers, {size:,} bytes ({dtype}); {tokens:,} tokens {verb}; "
@@ -255,44 +240,15 @@ def print_next(args, saved):
     print("next: python train.py --eval-only " + " ".join(map(shell_word, flags)))
 
 
-def main_score(scores):
-    return "strict" if "strict" in scores else scores[0]
-
-
-def key(score, sampled, main):
-    """A score's name in summary.json: its own; sampled for the main one, else sampled_<name>."""
-    if not sampled:
-        return score
-    return "sampled" if score == main else f"sampled_{score}"
-
-
-def summary_scores(pair, scores, prefix=""):
-    """The entries of summary.json for the results (greedy, sampled) of an evaluation."""
-    main = main_score(scores)
-    entries = {}
-    for sampled, result in enumerate(pair):
-        for score in scores:
-            entries[prefix + key(score, sampled, main)] = result[score]
-    return entries
-
-
-def standard_error(p, n):
-    """The binomial standard error of a share p of n problems; 0 for a mean that is no share."""
-    return max(0.0, p * (1 - p) / n) ** 0.5
-
-
-def with_error(p, n):
-    return f"{p:.3f} +- {standard_error(p, n):.3f}"
-
-
 def write_evaluation(run, results, count, began):
     """summary.json of --eval-only. results: (greedy, sampled); began: when the run began."""
     if ranks.RANK:
         return
     args = run.args
-    summary = {"model": args.model, "data": args.data, "adapter": args.adapter,
+    summary = {"model": args.model, "data": args.eval_data or args.data, "adapter": args.adapter,
                "eval_count": count}
     summary |= summary_scores(results, run.score_names)
+    summary |= summary_sets({"": results}, run.score_names)
     summary["seconds"] = time.time() - began
     write_json(Path(args.out) / "summary.json", summary)
 
@@ -313,6 +269,7 @@ def write_summary(run, params, saved, done, final, count):
     after = summary_scores(final, run.score_names, "final_")
     for (name, x), (new_name, y) in zip(before.items(), after.items()):
         summary |= {name: x, new_name: y}
+    summary |= summary_sets({"base_": done["base"], "final_": final}, run.score_names)
     print_table(done["base"], final, count, run.score_names)
     print_answers(Path(args.out) / "samples.jsonl")
     write_json(Path(args.out) / "summary.json", summary)

@@ -28,7 +28,7 @@ from support.terminal import printable
 FILES = ("state-0.safetensors", "state-1.safetensors")
 LOGS = ("log.jsonl", "samples.jsonl")
 MUST_NOT_CHANGE = {  # entries of config.json, and what has changed if they differ
-    "problems": "the problems in {data}",
+    "problems": "the problems in {data}{eval_data}",
     "chat_format": "the chat template or tokenizer of {model}",
     "trained": "{model}, or what --adapter brought,",
 }
@@ -117,7 +117,9 @@ def compare(settings, out):
                if not is_same(before[name], settings[name])}
     for name, description in MUST_NOT_CHANGE.items():
         if name in changed:
-            what = description.format(data=settings["data"], model=settings["model"])
+            beside = f" or {settings['eval_data']}" if settings.get("eval_data") else ""
+            what = description.format(data=settings["data"], eval_data=beside,
+                                      model=settings["model"])
             raise InputError(f"--resume {out}: {what} changed since the run began")
     differences = [f"{name} {before[name]}, now {settings[name]}"
                    for name in CHANGES_ROUNDING if name in changed]

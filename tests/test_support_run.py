@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support import program, ranks, report, resume
+from support import program, ranks, report, resume, scores
 from support.errors import InputError
 from support.files import write_json
 
@@ -200,7 +200,7 @@ def test_the_lines_of_a_run(capsys):
     row = {"step": 3, "strict": 0.25, "lenient": 0.5, "format": 1.0, "signal": 0.469, "gap": None,
            "loss": 0.5, "length": 20.4, "lr": 0.05, "kl": 0.1}
     report.print_step(row, 50, SCORES)
-    report.print_evaluation("evaluation, greedy", result(0.5, 0.6, 1.0, 90.2), 100, 2.04, SCORES)
+    scores.print_evaluation("evaluation, greedy", result(0.5, 0.6, 1.0, 90.2), 100, 2.04, SCORES)
     report.print_settings({"model": "toy", "params": None, "resume": "x"})
     assert capsys.readouterr().out.splitlines() == [
         "step   3/50  strict 0.250  lenient 0.500  format 1.000  signal 0.47  loss 0.5000  "
@@ -213,20 +213,20 @@ def test_the_lines_of_a_run(capsys):
 def test_any_names_of_scores():
     """A task has its own: the first takes the part of "strict"."""
     pair = [{"right": 0.1, "polite": 0.2}, {"right": 0.3, "polite": 0.4}]
-    assert report.summary_scores(pair, ["right", "polite"], "base_") == {
+    assert scores.summary_scores(pair, ["right", "polite"], "base_") == {
         "base_right": 0.1, "base_polite": 0.2, "base_sampled": 0.3, "base_sampled_polite": 0.4}
     swapped = [result(1, 2, 3), result(4, 5, 6)]
-    assert report.summary_scores(swapped, ["lenient", "strict"]) == {
+    assert scores.summary_scores(swapped, ["lenient", "strict"]) == {
         "lenient": 2, "strict": 1, "sampled_lenient": 5, "sampled": 4}
-    assert report.standard_error(1.5, 10) == 0.0  # a mean that is no share is not complex
+    assert scores.standard_error(1.5, 10) == 0.0  # a mean that is no share is not complex
 
 
 def test_the_end_of_a_run(tmp_path, capsys):
     """The keys and their order as plots and committed results have them; the command works."""
     args = SimpleNamespace(out=str(tmp_path), steps=5, seed=0, method="tinylora", algo="grpo",
-                           reward="strict", model="toy", data="my data", adapter=None,
-                           v_dtype="bf16", eval_count=None, max_new_tokens=24, dtype="fp32",
-                           system=None)
+                           reward="strict", model="toy", data="my data", eval_data=None,
+                           adapter=None, v_dtype="bf16", eval_count=None, max_new_tokens=24,
+                           dtype="fp32", system=None)
     run = SimpleNamespace(args=args, score_names=SCORES)
     base = [result(0.1, 0.2, 0.3), result(0.4, 0.5, 0.6)]
     done = {"tokens": 1234, "seconds": 7.0, "base": base}

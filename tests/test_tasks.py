@@ -16,6 +16,7 @@ from helpers import ASSETS, TINY_RUN, TOY, needs_assets, one_error, read_rows
 
 import gsm8k
 import train
+from support import datasets
 from support.chat_format import Chat
 from support.data import load_task
 from support.errors import InputError
@@ -169,7 +170,7 @@ def test_a_download_cut_short_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short) as httpd:
         threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
-        monkeypatch.setattr(gsm8k, "URL", f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setattr(datasets, "GITHUB", f"http://127.0.0.1:{httpd.server_port}/")
         with pytest.raises(InputError, match="cannot be downloaded"):
             gsm8k.load("gsm8k")
         httpd.shutdown()
@@ -180,16 +181,18 @@ def test_a_download_is_checked_and_cached(server, tmp_path, monkeypatch):
     """A changed file is refused and not kept; a good one is fetched once; a damaged copy in the
     cache is not trusted; a missing network is one line."""
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gsm8k, "URL", server)
-    for name in gsm8k.SHA256:
-        shutil.copy(TOY / name, tmp_path / "www" / name)
+    monkeypatch.setattr(datasets, "GITHUB", server)
+    (tmp_path / "www" / datasets.GSM8K).mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(TOY / name, tmp_path / "www" / datasets.GSM8K / name)
     with pytest.raises(InputError, match="sha256"):
         gsm8k.load("gsm8k")
     assert not files_in(tmp_path / "cache")
-    sums = {name: hashlib.sha256((TOY / name).read_bytes()).hexdigest() for name in gsm8k.SHA256}
-    monkeypatch.setattr(gsm8k, "SHA256", sums)
+    for name in ("train.jsonl", "test.jsonl"):
+        sha256 = hashlib.sha256((TOY / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(datasets.FILES, f"gsm8k/{name}", (datasets.GSM8K + name, sha256))
     assert len(gsm8k.load("gsm8k")[1]) == 1000
-    monkeypatch.setattr(gsm8k, "URL", "http://127.0.0.1:9/")  # nobody listens there
+    monkeypatch.setattr(datasets, "GITHUB", "http://127.0.0.1:9/")  # nobody listens there
     assert len(gsm8k.load("gsm8k")[0]) == 4000
     os.truncate(tmp_path / "cache" / "gsm8k" / "test.jsonl", 100)
     with pytest.raises(InputError, match="cannot be downloaded"):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from support.errors import InputError
 from support.files import read_json, replacing
-from support.report import main_score, with_error
+from support.scores import main_score, with_error
 from support.terminal import printable
 
 PEFT = """```python
@@ -30,29 +30,37 @@ def readable(text):
 
 
 def scores_table(path):
-    """Lines with the scores in a run's summary.json before and after; [] if there is none."""
+    """Lines with the scores in a run's summary.json before and after; [] if there is none.
+
+    With --eval-data: those of each set.
+    """
     try:
         summary = read_json(path)
     except InputError:
         return []
     names = [name.removeprefix("final_") for name in summary if name.startswith("final_")]
     main = main_score(names) if names else ""
-    count = summary.get("eval_count")
+    sets = summary.get("sets")
+    if not isinstance(sets, dict) or not all(isinstance(one, dict) for one in sets.values()):
+        sets = {}
     lines = []
-    for name in names:
-        pair = [summary.get(f"base_{name}"), summary[f"final_{name}"]]
-        if not all(type(x) in (int, float) for x in (*pair, count)) or count < 1:
-            continue
-        # report.key: the main score at T = 1 is called "sampled"
-        label = f"{name}, greedy"
-        if name.startswith("sampled"):
-            label = f"{name.removeprefix('sampled').strip('_') or main}, T = 1"
-        lines.append(f"| {readable(label)} | {with_error(pair[0], count)} | "
-                     f"{with_error(pair[1], count)} |")
+    for part, entries in (sets or {"": summary}).items():
+        count = entries.get("eval_count")
+        for name in names:
+            pair = [entries.get(f"base_{name}"), entries.get(f"final_{name}")]
+            if not all(type(x) in (int, float) for x in (*pair, count)) or count < 1:
+                continue
+            # scores.key: the main score at T = 1 is called "sampled"
+            label = f"{name}, greedy"
+            if name.startswith("sampled"):
+                label = f"{name.removeprefix('sampled').strip('_') or main}, T = 1"
+            label = f"{part} ({count}), {label}" if part else label
+            lines.append(f"| {readable(label)} | {with_error(pair[0], count)} | "
+                         f"{with_error(pair[1], count)} |")
     if not lines:
         return []
-    where = readable(str(summary.get("data")))
-    return [f"{count} held-out problems of `{where}`:", "",
+    where = readable(", ".join(sets) or str(summary.get("data")))
+    return [f"{readable(str(summary.get('eval_count')))} held-out problems of `{where}`:", "",
             "| score | before | after |", "|---|---|---|", *lines, ""]
 
 

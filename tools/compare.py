@@ -4,7 +4,7 @@ AFTER and BEFORE are folders of runs or of evaluations whose samples.jsonl keeps
 (`--samples 1000` keeps up to 1000 of an evaluation). Of each, the last evaluation counts; without
 BEFORE, the first one of AFTER is what it began with. The same problems are paired: a p-value says
 how often a coin would part those that changed so unevenly (the sign test; McNemar's exact test
-where a score is 0 or 1).
+where a score is 0 or 1). With --eval-data every set has a line, then all problems together.
 """
 import argparse
 import json
@@ -15,18 +15,22 @@ from pathlib import Path
 from support.errors import InputError
 from support.files import read_jsonl
 from support.program import run_main
-from support.report import MODES, main_score
+from support.scores import MODES, main_score
 
 
 def evaluations(folder):
-    """{(step, sampled): {prompt: scores}} of the evaluations in a folder's samples.jsonl."""
+    """{(step, sampled): {prompt: scores}} of the evaluations in a folder's samples.jsonl.
+
+    With --eval-data a prompt is (set, prompt).
+    """
     found = {}
     for number, row in read_jsonl(Path(folder) / "samples.jsonl"):
         if row.get("rollout"):  # one of the responses that a step learned from
             continue
         if "prompt" not in row or not isinstance(row.get("scores"), dict):
             raise InputError(f"{folder}: samples.jsonl, line {number} has no scores; evaluate anew")
-        found.setdefault((row["step"], row["sampled"]), {})[row["prompt"]] = row["scores"]
+        prompt = (row["set"], row["prompt"]) if "set" in row else row["prompt"]
+        found.setdefault((row["step"], row["sampled"]), {})[prompt] = row["scores"]
     if not found:
         raise InputError(f"{folder}: its samples.jsonl holds no evaluation")
     return found
@@ -76,7 +80,12 @@ def work(args):
         end = max(steps[1])
         if not args.before and start == end:
             raise InputError(f"{args.after}: has one evaluation; name another folder to compare")
-        result = compare(first[start, bool(sampled)], last[end, bool(sampled)], args.score)
+        sides = [first[start, bool(sampled)], last[end, bool(sampled)]]
+        result = compare(*sides, args.score)
+        for name in dict.fromkeys(prompt[0] for prompt in sides[1] if isinstance(prompt, tuple)):
+            parts = [{prompt: x for prompt, x in side.items() if prompt[0] == name}
+                     for side in sides]
+            print(json.dumps({"mode": mode, "set": name} | compare(*parts, args.score)))
         print(json.dumps({"mode": mode} | result))
 
 

@@ -3,9 +3,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import report
 from support.errors import InputError
 from support.files import read_json, read_jsonl
+from support.scores import key as summary_key, main_score
 
 # What does not make two runs two settings: the seed, where and with what they ran, how it was
 # written down; and sums over texts, which nobody could read in a legend.
@@ -16,7 +16,7 @@ IGNORED = {"seed", "out", "trained", "torch", "numpy", "device", "resume", "save
 # A row's rollouts come from the policy before its update: step - 1. Its v_norm from after it.
 BEFORE = {"length": "length (tokens)", "entropy": "entropy (nats per token)",
           "loss": "loss (--algo sft)"}
-TEXTS = ("method", "reward", "algo", "model", "data")
+TEXTS = ("method", "reward", "algo", "model", "data", "eval_data")
 COUNTS = ("params", "adapter_bytes", "eval_count", "steps", "groups", "u")
 REWARD = "reward of the samples trained on"
 NORM = "norm of what is trained"
@@ -66,7 +66,7 @@ def score_names(rows, summary):
     """The task's scores: what evaluations after a step or of the whole run have measured."""
     names = [name.removeprefix("final_") for name in summary if name.startswith("final_")]
     names += [name.removeprefix("eval_") for row in rows for name in row
-              if name.startswith("eval_") and name != "eval_length"]
+              if name.startswith("eval_") and name not in ("eval_length", "eval_sets")]
     return [name for name in dict.fromkeys(names) if not name.startswith("sampled")]
 
 
@@ -84,7 +84,7 @@ def settings_of(config):
 
 def points_of(config, rows, summary, scores):
     """{title of a panel: {step: value}}; panels without a point are left out."""
-    main = report.main_score(scores) if scores else None
+    main = main_score(scores) if scores else None
     panels = {}
     for sampled, words in ((False, "greedy"), (True, "T = 1")):
         for name in scores:
@@ -93,7 +93,7 @@ def points_of(config, rows, summary, scores):
             if sampled and all(x is None for x in points.values()) and name != main:
                 continue
             if summary:
-                ends = report.key(name, sampled, main)
+                ends = summary_key(name, sampled, main)
                 points[0] = summary.get(f"base_{ends}")
                 points[summary.get("steps", len(rows))] = summary.get(f"final_{ends}")
             panels[panel(name, words)] = points

@@ -32,7 +32,7 @@ from support.errors import InputError
 from support.files import make_folder, read_json, read_jsonl, replacing
 from support.flags import TOY, Parser, count, natural
 from support.program import run_main
-from support.report import MODES, key, main_score
+from support.scores import MODES, key, main_score
 from support.terminal import printable
 from support.threads import usable_cores
 from tools import compare, jobs, sweep_table
