@@ -1,8 +1,11 @@
 """For every test: the repository on the path, the CPU, no network; fixtures of several files."""
+import functools
+import http.server
 import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 # before torch, transformers or huggingface_hub are imported
@@ -34,6 +37,18 @@ def as_before(monkeypatch):
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on loopback over tmp_path/www; yields its address."""
+    (tmp_path / "www").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
 
 
 LAYOUTS = {"qwen": ["--as-qwen2"], "llama": []}

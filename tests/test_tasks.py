@@ -1,5 +1,4 @@
 """Problems and scores: gsm8k.py, the real data, downloads, the toy's data, and --task FILE.py."""
-import functools
 import hashlib
 import http.server
 import importlib.util
@@ -135,18 +134,6 @@ def test_malformed_data_names_the_line(content, words, tmp_path):
     with pytest.raises(InputError) as error:
         gsm8k.load(str(tmp_path))
     assert all(word in str(error.value) for word in ["train.jsonl", *words])
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A web server on loopback over tmp_path/www; yields its address."""
-    (tmp_path / "www").mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/"
-        httpd.shutdown()
 
 
 class Short(http.server.BaseHTTPRequestHandler):

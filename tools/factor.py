@@ -16,7 +16,7 @@ from argparse import RawDescriptionHelpFormatter
 from support.errors import InputError
 from support.flags import Parser
 from support.program import run_main
-from support.report import MODES
+from support.scores import MODES
 from tools.sweep_table import load
 
 

@@ -3,7 +3,7 @@ import textwrap
 
 from support.errors import InputError
 from support.files import read_json
-from support.report import MODES
+from support.scores import MODES
 from support.terminal import printable
 from tools.compare import p_value
 from tools.runs import pyplot, save
