@@ -13,8 +13,8 @@ from support.files import LARGEST_DATA, parse_json, read_text, replacing
 GITHUB = "https://raw.githubusercontent.com/"
 GSM8K = ("openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
          "grade_school_math/data/")
-# SimpleRL's own files, with which TinyLoRA's paper trained and tested: its 8,523 problems are of
-# levels 3 to 5 of MATH, none of them in MATH500.
+# SimpleRL's own files. Of its 8,523 problems, levels 3 to 5 of MATH, none is in MATH500; two have
+# no answer and are left out (gsm8k.read_problems).
 SIMPLERL = "hkust-nlp/simpleRL-reason/2702a87c68c107d0f329b701b034c229bf62a130/"
 
 # What a file is called in the cache: where it is, and its sha256.
@@ -34,12 +34,16 @@ FILES = {
         "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4"),
     "aime24/test.jsonl": (
         SIMPLERL + "eval/data/aime24/test.jsonl",
-        "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac")}
+        "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac"),
+    "olympiad/test.json": (
+        SIMPLERL + "eval/data/olympiadbench/test.json",
+        "3567c23130004c8936543aeb06739f094fcdcb1688cb2b655d0b18e7e1e3d4f9")}
 SETS = {"gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
         "math": ("math/train.json", "math500/test.jsonl"),
         "math500": (None, "math500/test.jsonl"),
         "amc23": (None, "amc23/test.jsonl"),
-        "aime24": (None, "aime24/test.jsonl")}
+        "aime24": (None, "aime24/test.jsonl"),
+        "olympiad": (None, "olympiad/test.json")}
 
 
 def find_data(data, eval_only=False):
@@ -67,12 +71,11 @@ def fetch(name):
 
 
 def as_lines(path):
-    """SimpleRL's list as the JSON lines that gsm8k.read_problems takes for MATH's, beside it."""
+    """SimpleRL's or OlympiadBench's list as JSON lines, beside it, as MATH500 has them."""
     lines = ""
     for row in parse_json(read_text(path, LARGEST_DATA)):
-        kept = {"problem": row["question"], "answer": row["gt_answer"], "level": row["level"],
-                "subject": row["subject"]}
-        lines += json.dumps(kept) + "\n"
+        answer = row["gt_answer"] if "gt_answer" in row else row["final_answer"][0]
+        lines += json.dumps({"problem": row["question"], "answer": answer}) + "\n"
     made = path.with_suffix(".jsonl")
     if not made.is_file() or made.read_text(encoding="utf-8") != lines:
         with replacing(made) as temporary:

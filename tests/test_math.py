@@ -18,7 +18,7 @@ from support import datasets, scores
 from support.data import set_names
 from support.errors import InputError
 from support.files import read_json
-from tools import compare
+from tools import card, compare
 from tools.runs import read_run
 
 NAMES = ["strict", "lenient", "format"]
@@ -85,6 +85,16 @@ def test_math_trains_on_simplerls_list(sources, tmp_path, monkeypatch):
         gsm8k.load("math")
 
 
+def test_olympiads_answers_are_lists_of_one(sources):
+    """The list taken for the answer; several roots in it must be wanted, in any order."""
+    row = {"question": "Roots?", "final_answer": ["$-2,0,2$"], "is_multiple_answer": True}
+    sources("olympiad/test.json", json.dumps([row]).encode(), False)
+    _, (problem,) = gsm8k.load("olympiad", eval_only=True)
+    assert problem["answer"] == "$-2,0,2$" and "\\boxed{}" in gsm8k.prompt(problem)
+    answers = {"0, 2, -2": 1, "-2,0,2": 1, "0,2": 0, "2": 0}
+    assert {x: gsm8k.score(f"\\boxed{{{x}}}", problem)["strict"] for x in answers} == answers
+
+
 @needs_assets
 def test_the_test_sets_are_the_pinned_ones(sources):
     """A sum that no file has. Every gold answer in a box is right, and asked for in a box."""
@@ -116,7 +126,7 @@ def test_answers_of_contests_are_numbers_however_they_are_written():
 
 @pytest.mark.parametrize("data,words", [
     ("amc23", ["--data amc23", "test set", "--eval-data"]),
-    ("Math", ["--data Math", "gsm8k, math, math500, amc23, aime24"])])
+    ("Math", ["--data Math", "gsm8k, math, math500, amc23, aime24, olympiad"])])
 def test_what_cannot_be_trained_on(data, words, tmp_path, capsys):
     assert train.main([*TINY_RUN, "--data", data, "--out", str(tmp_path / "run")]) == 2
     one_error(capsys, *words)
@@ -291,6 +301,14 @@ def test_the_end_of_a_run_names_its_sets(run, files, tmp_path, capsys):
     assert train.main([*flags, "--data", str(TOY), "--out", str(tmp_path / "run")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"--eval-data toy,{files[1]} " in last and f"--data {TOY} " in last
+
+
+def test_a_model_card_has_a_row_for_each_set(run, files):
+    """The mean of sets shown with the error of one large set, under the training data's name."""
+    lines = card.scores_table(run / "summary.json")
+    assert lines[0] == f"22 held-out problems of `{', '.join(files)}`:"
+    assert [line.split(" | ")[0] for line in lines if "strict, greedy" in line] == [
+        f"| {files[0]} (12), strict, greedy", f"| {files[1]} (10), strict, greedy"]
 
 
 @pytest.mark.parametrize("name,words", [
