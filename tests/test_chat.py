@@ -17,6 +17,7 @@ import model as transformer
 import tinylora
 import train
 from methods import lora
+from support import datasets
 from support.chat_format import Chat
 from tools import chat
 
@@ -152,7 +153,7 @@ def test_no_data_is_fetched_for_two_questions(tmp_path, capsys, monkeypatch):
     """A model folder without a tinylora.json has GSM8K for its data: nothing is downloaded."""
     folder = write_folder(tmp_path / "m", tiny(vocab=576))
     (tmp_path / "task.py").write_text(TASK.format(form='row["text"]'))
-    monkeypatch.setattr(gsm8k, "download", None)
+    monkeypatch.setattr(datasets, "download", None)
     monkeypatch.setattr(gsm8k, "load", None)
     for flags, words in (([], chat.GSM8K_EXAMPLES[0]), (["--task", str(tmp_path / "task.py")], "")):
         typed(monkeypatch)

@@ -19,9 +19,9 @@ import pytest
 from helpers import TOY
 from test_fuzz import TEMPLATES, damaged, good, mutated, watching  # noqa: F401 (good: a fixture)
 
-import gsm8k
 import train
 from methods import es, lora, sft  # noqa: F401 (imported here, so that no .pyc is written later)
+from support import datasets
 from support.errors import InputError
 from support.flags import PROGRAM
 from tools import chat, export, plot  # noqa: F401
@@ -37,7 +37,7 @@ NUMBERS = ["-1", "0", "1", "2", "3", "-0", "1.5", "1_0", "0x10", "1e3", " 2", "Ù
            str(2**62), str(2**63 - 1), str(2**63), str(2**64), "9" * 400, "9" * 5000]
 TEXTS = ["", "x", "Ã©", "nowhere", "/etc/passwd", "/dev/null", "/dev/zero", "/", "..", "~", "a/b",
          "a\x1b[31mb", "\x9b2J\u202e", "\udcff", "x" * 300, "x" * 70_000, "a\nb", "--", "-x", "%s",
-         "{}", "gsm8k", "cpu:0", "cuda:1", "meta", "mps", "/proc/self/mem", "/proc/x/y"]
+         "{}", "gsm8k", "amc23", "cpu:0", "cuda:1", "meta", "mps", "/proc/self/mem", "/proc/x/y"]
 LINES = [b"2 + 2?", b"\xff\xfe", b"\x1b[31m", b"\0", b"x" * 10**6, "\u2028".encode(), b"\r", b""]
 KINDS = {name: kind for name, _, kind, _ in (*train.RECIPE, *PROGRAM)}
 LEFT_OUT = ("model", "data", "out", "resume", "wandb", "task")  # in other ways below
@@ -220,7 +220,7 @@ def test_commands_work_or_say_why_not(kind, stopped, monkeypatch):
     only = os.environ.get("TINYLORA_FUZZ_CASE")
     failures = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of other tests
-    monkeypatch.setattr(gsm8k, "download", no_network)
+    monkeypatch.setattr(datasets, "download", no_network)
     root = stopped / "case"
     for number in range(total) if only is None else [int(only)]:
         shutil.rmtree(root, ignore_errors=True)
