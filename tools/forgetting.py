@@ -35,7 +35,7 @@ from support.files import LARGEST_DATA, read_jsonl, read_text, write_json
 from support.flags import TOY, Parser, count
 from support.params import with_values
 from support.program import run_main
-from support.report import MODES, main_score
+from support.scores import MODES, main_score
 from support.terminal import printable
 from tools import opened
 

@@ -9,10 +9,10 @@ import model as transformer
 import tinylora
 import train
 from support.chat_format import Chat
-from support.data import load_task
+from support.data import load_problems, load_task
 from support.flags import settle
 from support.hub import find_model
-from support.report import MODES
+from support.scores import MODES
 from support.threads import choose_threads
 
 
@@ -24,8 +24,8 @@ def opened(args, count=None):
     many (all of the run's). Nothing is written but to a temporary folder, which is removed.
     """
     task = load_task(args.task) if args.task else gsm8k
-    training, problems = task.load(args.data, args.eval_only)
-    problems = problems[:count or args.eval_count]
+    args.eval_count = count or args.eval_count
+    training, problems = load_problems(task, args)
     names = list(task.score("", problems[0]))
     settle(args, names, training)
     args.samples = 0

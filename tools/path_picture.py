@@ -15,7 +15,7 @@ from support.errors import InputError
 from support.files import read_json
 from support.flags import Parser
 from support.program import run_main
-from support.report import MODES, main_score
+from support.scores import MODES, main_score
 from support.terminal import printable
 from tools.runs import pyplot, save
 
