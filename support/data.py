@@ -67,6 +67,16 @@ def set_names(text):
     return names
 
 
+def module_at(path):
+    """A Python file, run as a module of its own; None if its name does not end in .py."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_task(path):
     """--task FILE.py -> the module, with `prompt`, `score` and, if it has none, our `load`.
 
@@ -74,15 +84,13 @@ def load_task(path):
     """
     if not Path(path).is_file():
         raise InputError(f"--task {path}: no such file")
-    spec = importlib.util.spec_from_file_location("task", path)
-    if spec is None:
-        raise InputError(f"--task {path}: is no Python file; its name must end in .py")
-    task = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(task)
+        task = module_at(path)
     except Exception as error:  # any: it is the user's program
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"--task {path}: fails when it is read ({reason})") from None
+    if task is None:
+        raise InputError(f"--task {path}: is no Python file; its name must end in .py")
     for name in ("prompt", "score"):
         if not callable(getattr(task, name, None)):
             raise InputError(f"--task {path}: has no function {name}; see docs/your-own-task.md")

@@ -8,6 +8,7 @@ from helpers import ROOT
 import train
 from support import flags
 from tools import factor, sweep_table
+from tools.runs import markdown_table as table
 
 RUNS = {path.parent.name: json.loads(path.read_text())
         for path in sorted(ROOT.glob("results/*/summary.json"))}
@@ -23,11 +24,6 @@ COMPARED = [("`--params 13`", "toy-seed0"),
             ("`--params 13 --algo sft`", "compare-sft"),
             ("`--algo sft --method lora --lr 1e-3`", "compare-sft-lora")]
 SCORES = ("strict", "lenient", "format", "sampled", "sampled_format")
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def percent(share):

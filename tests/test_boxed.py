@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.boxed import boxed, normalise, same
+from support.data import module_at
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("TINYLORA_ASSETS") or "/nonexistent")
@@ -251,10 +252,8 @@ def test_agreement_with_math_verify(monkeypatch):
     only 90 degrees against 90 may be paid.
     """
     path = ROOT / "bench" / "boxed_agreement.py"
-    spec = importlib.util.spec_from_file_location("boxed_agreement", path)
-    bench = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(path.parent)  # it imports its neighbour
-    spec.loader.exec_module(bench)
+    bench = module_at(path)
     bench.same = same
     judged = bench.measure(read_golds("math500"))
     counted = [pair for pair in judged if pair.kind != bench.UNREADABLE]

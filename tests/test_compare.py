@@ -1,5 +1,4 @@
 """tools/compare.py: paired evaluations; examples/arithmetic.py: the task it was made for."""
-import importlib.util
 import itertools
 import json
 import re
@@ -7,6 +6,7 @@ import re
 import pytest
 from helpers import ROOT
 
+from support.data import module_at
 from support.errors import InputError
 from tools import compare
 
@@ -78,10 +78,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, case, message):
 
 @pytest.fixture(scope="module")
 def arithmetic():
-    spec = importlib.util.spec_from_file_location("arithmetic", ROOT / "examples/arithmetic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "examples/arithmetic.py")
 
 
 def test_arithmetic_has_right_answers_and_splits_that_share_nothing(arithmetic):

@@ -263,6 +263,7 @@ def test_committed_tables_are_those_of_their_runs():
 @pytest.mark.parametrize("change, message", [
     ({"settings": []}, "has no settings"), ({"colour": 1}, "'colour' is not one of"),
     ({"flags": {"seed": 1}}, "--seed is the sweep's own"),
+    ({"flags": {"eval-data": "math500"}}, "--eval-data is the sweep's own"),
     ({"flags": {"parms": 1}}, "unrecognized arguments: --parms=1"),
     ({"settings": [SETTINGS[0] | {"lr": "0.1"}]}, "'0.1' will not do for 'lr'"),
     ({"settings": SETTINGS * 2}, "two settings have one name"),

@@ -1,7 +1,6 @@
 """Problems and scores: gsm8k.py, the real data, downloads, the toy's data, and --task FILE.py."""
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import gsm8k
 import train
 from support import datasets
 from support.chat_format import Chat
-from support.data import load_task
+from support.data import load_task, module_at
 from support.errors import InputError
 
 
@@ -191,10 +190,7 @@ def test_a_download_is_checked_and_cached(server, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def make():
     """toy/make.py as a module."""
-    spec = importlib.util.spec_from_file_location("make", TOY / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(TOY / "make.py")
 
 
 def test_the_toy_is_held_out_and_small(make, tmp_path):

@@ -71,6 +71,16 @@ def answers(model, chat, engine, params, args, prompt):
     return texts
 
 
+def load_model(args):
+    """(tokenizer and chat template, frozen model, engine) that train.py's flags ask for."""
+    folder = find_model(args.model)
+    chat = Chat(folder)
+    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
+    chat.limit_vocab(model)
+    choose_threads(model, args.device)
+    return chat, model, importlib.import_module("fast") if args.engine == "fast" else grpo
+
+
 def load_adapter(model, args, engine):
     """The trained tensors of --adapter, put on the model; [] without one."""
     if not args.adapter:
@@ -99,12 +109,7 @@ def converse(args):
         sys.stdin.reconfigure(errors="surrogateescape")
     task = load_task(args.task) if args.task else gsm8k
     examples = read_examples(task, args)
-    folder = find_model(args.model)
-    chat = Chat(folder)
-    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-    chat.limit_vocab(model)
-    choose_threads(model, args.device)
-    engine = importlib.import_module("fast") if args.engine == "fast" else grpo
+    chat, model, engine = load_model(args)
     params = load_adapter(model, args, engine)
     if args.engine == "fast":
         prompts = [chat.prompt(text, args.system) for text in GSM8K_EXAMPLES]

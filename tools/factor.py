@@ -17,6 +17,7 @@ from support.errors import InputError
 from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES
+from tools.runs import markdown_table
 from tools.sweep_table import load
 
 
@@ -60,12 +61,12 @@ def markdown(rl, sft, kinds):
         raise InputError(f"the sweeps have other seeds: {rl['seeds']} and {sft['seeds']}")
     columns = [(kind, mode) for kind in kinds for mode in MODES]
     header = ["numbers by RL", *(f"SFT, {kind}: {mode}" for kind, mode in columns)]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for setting in rl["settings"]:
         if setting["series"].startswith("TinyLoRA"):
             cells = [text(factors(setting, rl, sft, kind, mode)) for kind, mode in columns]
             lines.append([str(rl["runs"][setting["runs"][0]]["params"]), *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(header, lines)
 
 
 def text(found):

@@ -19,7 +19,6 @@ that of the change: texts before and after are paired.
 Another task is forgotten, or not, by the command that evaluates any adapter, once with it and once
 without:   python train.py --eval-only --adapter ADAPTER --model M --data D [--task T]
 """
-import importlib.util
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -30,6 +29,7 @@ import torch
 
 import grpo
 import train
+from support.data import module_at
 from support.errors import InputError
 from support.files import LARGEST_DATA, read_jsonl, read_text, write_json
 from support.flags import TOY, Parser, count
@@ -38,6 +38,7 @@ from support.program import run_main
 from support.scores import MODES, main_score
 from support.terminal import printable
 from tools import opened
+from tools.runs import markdown_table
 
 PIECE = 256  # tokens of prose that are read at once
 PARAGRAPH = 4000  # characters that are tokenized at once
@@ -51,10 +52,7 @@ SEED = 0
 
 def toy_maker():
     """The module toy/make.py."""
-    spec = importlib.util.spec_from_file_location("make", TOY / "make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    return make
+    return module_at(TOY / "make.py")
 
 
 def sums_of(answer):
@@ -186,16 +184,16 @@ def measure(args):
 # ---- the report
 
 def markdown(found):
-    lines = [("nats per token", "texts", "tokens", "before", "after", "change"), ["---"] * 6]
+    rows = []
     for name, x in found["loss"].items():
         error = "" if x["error"] is None else f" +- {x['error']:.3f}"
-        lines.append((printable(name), x["texts"], x["tokens"], f"{x['before']:.3f}",
-                      f"{x['after']:.3f}", f"{x['after'] - x['before']:+.3f}{error}"))
-    if found["asked"]:
-        lines += [(), (f"asked for ({found['count']} problems)",
-                       *(f"{mode}: {what}" for mode in MODES
-                         for what in ("score before", "after", "in style before", "after"))),
-                  ["---"] * (1 + 4 * len(MODES))]
+        rows.append((printable(name), x["texts"], x["tokens"], f"{x['before']:.3f}",
+                     f"{x['after']:.3f}", f"{x['after'] - x['before']:+.3f}{error}"))
+    header = ("nats per token", "texts", "tokens", "before", "after", "change")
+    losses_table = markdown_table(header, rows)
+    if not found["asked"]:
+        return losses_table
+    rows = []
     for style, modes in found["asked"].items():
         cells = []
         for pair in modes.values():
@@ -203,8 +201,11 @@ def markdown(found):
             for name in (score, style):
                 cells += [f"{pair[when][name]:.3f}" if name in pair[when] else ""
                           for when in ("before", "after")]
-        lines.append((style, *cells))
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" if line else "" for line in lines)
+        rows.append((style, *cells))
+    header = (f"asked for ({found['count']} problems)",
+              *(f"{mode}: {what}" for mode in MODES
+                for what in ("score before", "after", "in style before", "after")))
+    return f"{losses_table}\n\n{markdown_table(header, rows)}"
 
 
 def parse(argv):

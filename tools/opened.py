@@ -1,19 +1,13 @@
 """A model and what was trained on it, opened once for many evaluations: path.py, forgetting.py."""
-import importlib
 import tempfile
 from contextlib import contextmanager
 
 import gsm8k
-import grpo
-import model as transformer
-import tinylora
 import train
-from support.chat_format import Chat
 from support.data import load_problems, load_task
 from support.flags import settle
-from support.hub import find_model
 from support.scores import MODES
-from support.threads import choose_threads
+from tools.chat import load_model
 
 
 @contextmanager
@@ -29,12 +23,7 @@ def opened(args, count=None):
     names = list(task.score("", problems[0]))
     settle(args, names, training)
     args.samples = 0
-    folder = find_model(args.model)
-    chat = Chat(folder)
-    engine = importlib.import_module("fast") if args.engine == "fast" else grpo
-    model = transformer.load(folder, tinylora.DTYPES[args.dtype], args.device)
-    chat.limit_vocab(model)
-    choose_threads(model, args.device)
+    chat, model, engine = load_model(args)
     params = train.adapt(model, args, engine) if args.adapter or not args.eval_only else []
     with tempfile.TemporaryDirectory() as args.out:
         yield train.Run(args, model, chat, task, names, engine), params, problems

@@ -36,6 +36,7 @@ from support.files import read_json, read_jsonl, write_json
 from support.flags import Parser, count
 from support.params import with_values
 from support.program import run_main
+from support.report import FEW
 from support.terminal import printable
 from tools import opened, path_picture
 from tools.runs import IGNORED, read_run
@@ -63,7 +64,7 @@ def read_path(folder):
     rows = [row for _, row in read_jsonl(log)]
     v = [row.get("v") for row in rows]
     if not rows or not all(isinstance(x, list) and len(x) == len(v[0] or []) for x in v):
-        raise InputError(f"{log}: does not hold v at each step; only runs of at most 128 numbers "
+        raise InputError(f"{log}: does not hold v at each step; only runs of at most {FEW} numbers "
                          f"do, and none of older versions")
     adapter = read_json(Path(folder) / "config.json").get("adapter")
     start = np.zeros(len(v[0]))

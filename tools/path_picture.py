@@ -17,7 +17,7 @@ from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES, main_score
 from support.terminal import printable
-from tools.runs import pyplot, save
+from tools.runs import markdown_table, pyplot, save
 
 LINES = {" x": "trained", " x predicted": "predicted"}  # the points' names after the multiple
 ENDS = {"0 x": "untrained", "early": "early", "extrapolated": "extrapolated", "1 x": "trained"}
@@ -59,11 +59,6 @@ def multiples(run, end):
 
 # ---- tables
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def markdown(runs):
     """The tables; cells of several modes hold them in the order greedy, T = 1."""
     names = titles(runs)
@@ -82,9 +77,10 @@ def path_table(runs, names):
         pairs = [f"{own[name]:.2f} ({walk[name]:.2f})" for name in own]
         rows.append((names[folder], len(run["path"]) - 1, f"{norm(run['path'][-1]):.3g}", *pairs,
                      f"{run['cosine']:.2f}", f"{run['length_ratio']:.2f}"))
-    return table(("run", "steps", "length of v", "distance by length (random walk)",
-                  "variance in one direction (random walk)", "cosine of the prediction with v",
-                  "its length by that of v"), rows)
+    header = ("run", "steps", "length of v", "distance by length (random walk)",
+              "variance in one direction (random walk)", "cosine of the prediction with v",
+              "its length by that of v")
+    return markdown_table(header, rows)
 
 
 def cell(run, name):
@@ -96,20 +92,20 @@ def cell(run, name):
 def ends_table(runs, names):
     rows = [(names[folder], run["early_steps"], *(cell(run, name) for name in ENDS))
             for folder, run in runs.items()]
-    return table(("run", "early steps", *ENDS.values()), rows)
+    return markdown_table(("run", "early steps", *ENDS.values()), rows)
 
 
 def line_table(runs, names):
     steps = sorted({s for run in runs.values() for s, _ in multiples(run, " x")})
     rows = [(names[folder], line, *(cell(run, f"{s:g}{end if s else ' x'}") for s in steps))
             for folder, run in runs.items() for end, line in LINES.items()]
-    return table(("run", "direction", *(f"{s:g} x" for s in steps)), rows)
+    return markdown_table(("run", "direction", *(f"{s:g} x" for s in steps)), rows)
 
 
 def coordinates_table(run, name):
     rows = [(i + 1, f"{x:+.3f}", cell(run, f"only {i + 1}"), cell(run, f"without {i + 1}"))
             for i, x in enumerate(run["path"][-1])]
-    return table((f"{name}: number", "its value", "alone", "all but it"), rows)
+    return markdown_table((f"{name}: number", "its value", "alone", "all but it"), rows)
 
 
 def notes(runs):

@@ -133,6 +133,11 @@ def mean_and_band(members, title):
     return steps, means, [min(x) for x in values], [max(x) for x in values]
 
 
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def pyplot():
     """matplotlib, drawing into files only. InputError if it is not installed."""
     try:

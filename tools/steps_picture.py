@@ -16,7 +16,7 @@ from support.flags import Parser
 from support.program import run_main
 from support.terminal import printable
 from tools.runs import pyplot, save
-from tools.sweep_table import load
+from tools.sweep_table import listed, load
 
 PANELS = {"reward": "mean reward", "length": "response length (tokens)",
           "gap": "|log-prob: trainer - sampler|"}
@@ -74,7 +74,7 @@ def draw(document, out, series=None):
     handles, names = axes[1].get_legend_handles_labels()  # all have a length; SFT has no reward
     figure.legend(handles, names, fontsize=8, loc="center left", bbox_to_anchor=(0.86, 0.5))
     title = document["definition"]["title"]
-    figure.suptitle(f"{title}; seeds {', '.join(map(str, document['seeds']))}")
+    figure.suptitle(f"{title}; seeds {listed(document['seeds'])}")
     figure.tight_layout(rect=(0, 0, 0.86, 1))
     save(figure, out)
     print(printable(f"{out}: {len(lines)} settings"))

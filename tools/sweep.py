@@ -114,7 +114,7 @@ def record(run, folder, score):
             kept[f"{when}_right"] = {
                 mode: right(found[step, bool(sampled)], score, summary["eval_count"], folder)
                 for sampled, mode in enumerate(MODES)}
-        kept["steps"] = steps(folder, flags["reward"] or score)
+        kept["steps"] = steps(folder, flags.get("reward", score))
     return kept
 
 

@@ -10,7 +10,6 @@
 Paths in it are relative to the current folder, as train.py's.
 """
 import hashlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import train
+from support.data import module_at
 from support.errors import InputError
 from support.files import make_folder, read_json, read_jsonl, replacing
 from support.flags import TOY, as_words
@@ -28,9 +28,9 @@ FIGURES = TOY.parent / "results" / "figures"
 EVERY_PROBLEM = 2**20  # --samples
 HASHED = 64 << 20  # bytes; of a larger file only the size tells whether it is the same
 # Flags that are the sweep's own, and those that do not decide a result (beside tools/runs.py's).
-OWN = ("lr", "seed", "samples", "out", "resume", "eval-only", "chat", "save-every", "wandb")
+OWN = ("lr", "seed", "samples", "out", "resume", "eval-only", "chat", "save-every", "wandb",
+       "eval-data")
 NO_MATTER = IGNORED | {"eval_every", "shard"}
-LATER = {("directions", None)}  # newer flags, where they change nothing: older runs keep their keys
 FIELDS = {"title": str, "axis": str, "flags": dict, "validation": (str, int), "settings": list,
           "tuning_seeds": int, "score": str}
 SETTING = {"name": str, "series": str, "lr": (int, float), "flags": dict, "x": (int, float),
@@ -118,11 +118,14 @@ def prepare(spec, setting, folder):
 
 
 def identity(resolved):
-    """The flags that decide a result, with what lies at their paths in place of the paths."""
+    """The flags that decide a result, with what lies at their paths in place of the paths.
+
+    Without those that are not set: where a newer flag changes nothing, runs keep their keys.
+    """
     settings = {name: x for name, x in resolved.items()
-                if name not in NO_MATTER and (name, x) not in LATER}
+                if name not in NO_MATTER and x is not None}
     paths = ("model", "data", "task", "adapter")
-    return settings | {name: contents(resolved[name]) for name in paths}
+    return settings | {name: contents(settings[name]) for name in paths if name in settings}
 
 
 def validation_folder(data, wanted, folder):
@@ -136,9 +139,7 @@ def validation_folder(data, wanted, folder):
         return out
     files = [Path(data) / f"{name}.jsonl" for name in ("train", "test")]
     taken = {row.get("question") for file in files for _, row in read_jsonl(file)}
-    made = importlib.util.spec_from_file_location("make", TOY / "make.py")
-    make = importlib.util.module_from_spec(made)
-    made.loader.exec_module(make)
+    make = module_at(TOY / "make.py")
     with tempfile.TemporaryDirectory() as temporary:
         make.write_problems(Path(temporary), np.random.RandomState(1))
         rows = [row for _, row in read_jsonl(Path(temporary) / "train.jsonl")]
@@ -159,7 +160,7 @@ def check_budgets(path, prepared):
         flags = splits["test"][1]
         kind = "examples" if flags["algo"] == "sft" else "responses"
         each = flags["prompts"] * (1 if flags["algo"] == "sft" else flags["group"])
-        budgets[kind].add((flags["steps"] or 0) * each or f"3 epochs x {flags['group']}")
+        budgets[kind].add(flags.get("steps", 0) * each or f"3 epochs x {flags['group']}")
     for kind, numbers in budgets.items():
         if len(numbers) > 1:
             listed = ", ".join(sorted(map(str, numbers)))

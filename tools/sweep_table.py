@@ -6,7 +6,7 @@ from support.files import read_json
 from support.scores import MODES
 from support.terminal import printable
 from tools.compare import p_value
-from tools.runs import pyplot, save
+from tools.runs import markdown_table, pyplot, save
 
 
 def rows(document):
@@ -65,7 +65,7 @@ def markdown(document):
     names = list(runs[0]["final"][MODES[0]])
     header = ["trained", "numbers", "lr", *(f"{mode}: {name}" for mode in MODES for name in names),
               "p: untrained", "p: compared"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     untrained = base(document)
     lines.append(["untrained", "0", "", *(f"{untrained[mode][name][0]:.3f}"
                                           for mode in MODES for name in names), "", ""])
@@ -77,8 +77,7 @@ def markdown(document):
         rate = f"{row['lr']:g}" + (" (end of the grid)" if row["at_end"] else "")
         lines.append([row["name"], f"{row['params']:,}", rate, *scores, p_text(row["p_base"]),
                       compared])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{notes(document, runs)}"
+    return f"{markdown_table(header, lines)}\n\n{notes(document, runs)}"
 
 
 def spread_text(spread):
