@@ -72,6 +72,9 @@ def run_main(parse, work, resumable=False):
         work(args)
         ranks.leave()
         sys.stdout.flush()  # a closed pipe is an error only when it is written to
+        if ranks.RANK:  # all is done; torch's threads abort an ordinary end now and then
+            sys.stderr.flush()
+            os._exit(0)
         return 0
     except KeyboardInterrupt as error:
         if ranks.RANK < 2:  # rank 1 reports it too, because rank 0 may be the one that ended
