@@ -3,6 +3,7 @@
     forward.py    the model's forward pass over real tokens only
     cache.py      keys and values shared by the rows of a group, and attention
     sampling.py   generate        training.py   logprobs, accumulate
+    packed.py     weights laid out once per rollout, on a CPU
     lanczos.py    the truncated SVD              graph.py      --cuda-graph
 
 It adds nothing to the model and changes nothing in it. train.py uses this module as the `engine`

@@ -5,8 +5,8 @@ attention needs to know which tokens belong to which row, so it is a function th
 
     attend(layer, q (N, H, D), k (N, KV, D), v (N, KV, D)) -> (N, H * D)
 
-see cache.py. `project(module, x)` applies a linear layer; the caller gives that, too, because R is
-computed once per rollout while sampling, and once per forward pass in training.
+see cache.py. `project(modules, x)` applies linear layers to one input; the caller gives that, too,
+because R is computed once per rollout while sampling, and once per forward pass in training.
 
 Shapes: N tokens, C hidden size, H query heads, KV key heads, D head size.
 """
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from tinylora import TinyLoRALinear
 
 LARGE = 2**18  # numbers in a weight from which on oneDNN is faster than the default, MKL
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
 
 
 class Product(torch.autograd.Function):
@@ -54,8 +55,8 @@ def base_linear(module, x):
     return module(x)
 
 
-def project(module, x):
-    """A linear layer, adapted or not: x (N, d_in) -> (N, d_out). What training uses."""
+def project_one(module, x):
+    """A linear layer, adapted or not: x (N, d_in) -> (N, d_out)."""
     if type(module) is not TinyLoRALinear:
         return base_linear(module, x)
     y = base_linear(module.base, x)  # (N, d_out)
@@ -65,7 +66,24 @@ def project(module, x):
     return y.addmm_(h.to(x.dtype), module.US.T)
 
 
-class Held:
+def project(modules, x):
+    """Linear layers of one input: x (N, d_in) -> a list of (N, d_out). What training uses."""
+    return [project_one(module, x) for module in modules]
+
+
+class Layers:
+    """What applies the layers of one rollout; project_one (of a subclass) knows v."""
+
+    def project(self, modules, x):
+        """As the function."""
+        return [self.project_one(module, x) for module in modules]
+
+    def logits(self, model, hidden):
+        """As the function."""
+        return logits(model, hidden)
+
+
+class Held(Layers):
     """R (U S)^T of every TinyLoRA layer, computed once: v does not change during a rollout.
 
     W stays apart: a merged bf16 weight would round most of the change away. Rounding R (U S)^T to
@@ -83,13 +101,13 @@ class Held:
         for module, RSUt in self.RSUt.items():
             RSUt.copy_(module.R().T.double() @ module.US.T.double())
 
-    def project(self, module, x):
+    def project_one(self, module, x):
         if module not in self.RSUt:
             return base_linear(module, x)
         return base_linear(module.base, x).addmm_(linear(x, module.Vt), self.RSUt[module])
 
 
-class HeldMany:
+class HeldMany(Layers):
     """A v of its own for every prompt: values (P, ties, u). `which` (N,): whose v a token has."""
 
     def __init__(self, model, values):
@@ -107,7 +125,7 @@ class HeldMany:
         self.Rt = {m: torch.stack(R[m]).mT for m in modules}  # (P, r, r) each
         self.which = None
 
-    def project(self, module, x):
+    def project_one(self, module, x):
         if module not in self.Rt:
             return base_linear(module, x)
         Rt = self.Rt[module][self.which]  # (N, r, r): every token has one of its own
@@ -136,16 +154,18 @@ def run_block(block, layer, x, rope, attend, project):
     D = attention.head_dim
 
     normed = block.input_layernorm(x)
-    heads = [project(p, normed) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    heads = project((attention.q_proj, attention.k_proj, attention.v_proj), normed)
     KV = heads[1].shape[1] // D
     heads = torch.cat(heads, 1).view(len(x), -1, D)  # (N, H + 2 KV, D)
     qk = rotate(heads[:, :-KV], *rope)  # (N, H + KV, D): one rotation for both
     y = attend(layer, qk[:, :-KV], qk[:, -KV:], heads[:, -KV:])  # (N, H * D)
-    x = x + total(project(attention.o_proj, y))
+    [y] = project((attention.o_proj,), y)
+    x = x + total(y)
 
     normed = block.post_attention_layernorm(x)
-    gated = F.silu(project(mlp.gate_proj, normed)) * project(mlp.up_proj, normed)
-    return x + total(project(mlp.down_proj, gated))
+    gate, up = project((mlp.gate_proj, mlp.up_proj), normed)
+    [y] = project((mlp.down_proj,), F.silu(gate) * up)
+    return x + total(y)
 
 
 def forward(model, ids, positions, attend, project, recompute=False):
@@ -164,7 +184,12 @@ def forward(model, ids, positions, attend, project, recompute=False):
     return model.norm(x)
 
 
+def head(model):
+    """The weight of the last product, (vocab, C)."""
+    module = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return module.weight
+
+
 def logits(model, hidden):
     """(N, C) -> (N, vocab). Cut after the product: an odd width makes slow GPU kernels."""
-    head = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return linear(hidden, head.weight)[:, :model.vocab]
+    return linear(hidden, head(model))[:, :model.vocab]

@@ -8,7 +8,8 @@ import torch
 import grpo
 from fast import graph
 from fast.cache import Cache, Prompts
-from fast.forward import Held, HeldMany, forward, logits, project
+from fast.forward import HeldMany, forward, project
+from fast.packed import hold
 from model import upcast
 
 SHRINK = 0.75  # rows are dropped when fewer than this part of them go on: dropping copies the cache
@@ -90,7 +91,7 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     else:
         hidden = prefill(model, texts, project)
         decoder = graph.decoder(model, texts, group, max_new_tokens)
-        decoder = decoder or Decoder(model, Held(model), texts, group, max_new_tokens)
+        decoder = decoder or Decoder(model, hold(model), texts, group, max_new_tokens)
     hidden = hidden.repeat_interleave(group, 0)  # (B, C)
 
     ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -100,7 +101,8 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     done = torch.zeros(B, dtype=torch.bool, device=device)  # of these
     for t in range(max_new_tokens):
         uniform = None if noise is None else noise[rows, t]
-        token, token_logp = grpo.sample(logits(model, hidden), temperature, uniform)  # (B',) each
+        logits = decoder.held.logits(model, hidden)  # (B', vocab)
+        token, token_logp = grpo.sample(logits, temperature, uniform)  # (B',) each
         ids[rows, t] = token.masked_fill(done, 0)
         mask[rows, t] = ~done
         logp[rows, t] = token_logp.masked_fill(done, 0)

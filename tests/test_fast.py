@@ -202,8 +202,8 @@ def test_R_is_not_rounded_on_a_bf16_model():
     trained, sampled, cores = [], [], []
     for value in (1.0, 1.0001):
         v.fill_(value)
-        trained.append(forward.project(layer, x))
-        sampled.append(forward.Held(model).project(layer, x))
+        trained.append(forward.project_one(layer, x))
+        sampled.append(forward.Held(model).project_one(layer, x))
         cores.append(layer.R().bfloat16())
     assert torch.equal(*cores)
     for first, second in (trained, sampled):
@@ -228,7 +228,8 @@ def test_every_way_to_apply_a_layer_is_the_formula(dtype, tolerance):
             x = np.random.RandomState(0).standard_normal((500, module.Vt.shape[1]))
             x = torch.from_numpy(x).to(dtype)
             exact = x.double() @ module.Vt.T.double() @ module.R().T.double() @ module.US.T.double()
-            ways = [forward.project(module, x), held.project(module, x), many.project(module, x)]
+            ways = [forward.project_one(module, x), held.project_one(module, x),
+                    many.project_one(module, x)]
             for y in (*ways, module(x)):
                 assert (y - exact).norm() < tolerance * exact.norm()
 
@@ -265,9 +266,9 @@ def test_training_keeps_no_more_than_it_must():
     inputs = []
     real = forward.project
 
-    def project(module, x):
-        inputs.append(x)
-        return real(module, x)
+    def project(modules, x):
+        inputs.extend([x] * len(modules))
+        return real(modules, x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "project", project)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
