@@ -14,6 +14,8 @@ from fast.forward import forward, logits, project
 from model import log_softmax
 from support import threads
 
+CHUNK_BYTES = 2**25  # of fp32 logits on a CPU: up to there malloc keeps what is freed
+
 
 def logprobs(model, rollout, recompute=False):
     """As grpo.logprobs: (B, T), 0 where masked."""
@@ -40,7 +42,10 @@ def logprobs(model, rollout, recompute=False):
         return logp.gather(1, target[:, None])[:, 0]
 
     # chunk by chunk, and again in the backward pass: a whole batch's logits never exist at once
-    chunks = zip(hidden.split(grpo.HEAD_CHUNK), target.split(grpo.HEAD_CHUNK))
+    size = grpo.HEAD_CHUNK
+    if device.type == "cpu":  # a larger block of memory is given back and fetched anew each time
+        size = max(64, min(size, CHUNK_BYTES // (4 * model.vocab)))
+    chunks = zip(hidden.split(size), target.split(size))
     flat = torch.cat([checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
                       for h, t in chunks])  # (N,)
     return flat.new_zeros(B, T).masked_scatter(mask, flat)

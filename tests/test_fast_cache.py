@@ -13,7 +13,7 @@ from helpers import MODELS, random_v, tiny
 import fast
 import tinylora
 from fast import graph, sampling
-from fast.cache import Prompts
+from fast.cache import Prompts, attention
 from fast.forward import Held, project
 
 PROMPTS = [[1, 2, 3], [4], [0, 6], [7, 8, 0, 9]]  # 0 is padding's id, too
@@ -154,3 +154,31 @@ def after_prefill(model):
     prompts = Prompts(PROMPTS, "cpu")
     sampling.prefill(model, prompts, project)
     return prompts
+
+
+@pytest.mark.parametrize("S", [5, 190, 200])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_bf16_is_near_the_exact_one(S, causal):
+    """Results and gradients, with few keys (plain products) and many (torch's kernel)."""
+    rng = np.random.RandomState(0)
+    R = S if causal else 6
+    q, k, v, dy = (torch.from_numpy(rng.standard_normal((2, 3, n, 8))).bfloat16()
+                   for n in (R, S, S, R))
+    bias = None
+    if not causal:
+        bias = torch.zeros(1, 3, R, S).masked_fill_(torch.from_numpy(rng.rand(1, 3, R, S) < 0.3),
+                                                    -torch.inf).bfloat16()
+
+    def run(function, *tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        y = function(*leaves)
+        y.backward(dy.to(y.dtype))
+        return [y.detach(), *(x.grad for x in leaves)]
+
+    def exact(q, k, v):
+        scores = q @ k.mT / 8**0.5
+        hidden = torch.ones(R, S).triu(1).bool() if causal else bias.isinf()
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    want = run(exact, *(x.double() for x in (q, k, v)))
+    for got, true in zip(run(lambda *qkv: attention(*qkv, bias), q, k, v), want, strict=True):
+        assert got.dtype == torch.bfloat16 and (got - true).norm() < 0.02 * true.norm()
