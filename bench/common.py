@@ -135,8 +135,8 @@ def branch_percent(model, tokens, rounds):
     device = model.embed_tokens.weight.device
     held = Held(model)
 
-    def without(module, x):
-        return base_linear(getattr(module, "base", module), x)
+    def without(modules, x):
+        return [base_linear(getattr(module, "base", module), x) for module in modules]
 
     def run(project):
         prompts = Prompts([ids], device)
