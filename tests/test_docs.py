@@ -14,12 +14,13 @@ import sys
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, tiny, write_folder
 from tables import GENERATED
 
 import train
 from support import flags
 from support.errors import InputError
+from tools.runs import IGNORED
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,6 +158,21 @@ def test_the_benchmarks_models_are_to_be_had(command):
     for name in given:
         on_the_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name)
         assert on_the_hub or (ROOT / name / "config.json").is_file(), name
+
+
+@pytest.mark.parametrize("flag, pattern", [("--task", "arithmetic-seed*"), ("13", "toy-seed*")])
+def test_a_readme_command_is_the_one_of_the_committed_runs(flag, pattern, tmp_path):
+    """The README's had a group of 4, by default, beside what runs with 8 had given."""
+    words = next(words for words in commands(README) if words[1] == "train.py" and flag in words)
+    write_folder(tmp_path, tiny())  # stands for the model that is on the hub
+    words = [str(tmp_path) if word.startswith("HuggingFaceTB/") else word for word in words[2:]]
+    said = vars(train.flags(words))
+    paths = list(ROOT.glob(f"results/{pattern}/config.json"))
+    assert len(paths) >= 2
+    for path in paths:
+        ran = json.loads(path.read_text())
+        for name in ran.keys() & said.keys() - IGNORED - {"model"}:
+            assert said[name] in (None, ran[name]), f"{path}: {name}"  # None: decided later
 
 
 def test_a_wrong_command_is_noticed():
