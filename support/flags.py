@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support import adapter_file, fitting, ranks
+from support import adapter_file, fitting, frozen_dtype, ranks
 from support.checkpoint import read_config
 from support.datasets import SETS
 from support.errors import InputError
@@ -66,7 +66,7 @@ PROGRAM = [
     ("system", None, str, "system message of every prompt (the template's)"),
     ("adapter", None, str, "evaluate, or start from, this adapter.safetensors or LoRA folder"),
     ("device", None, str, "cpu, cuda or cuda:1 (cuda if there is one)"),
-    ("dtype", None, ["fp32", "bf16"], "of the frozen model (bf16 on cuda, fp32 on cpu)"),
+    ("dtype", None, ["fp32", "bf16"], "of the frozen model (bf16 where it is faster)"),
     ("engine", "fast", ["fast", "plain"], "fast/, or the plain files as they read"),
     ("eval-only", False, bool, "evaluate and stop"),
     ("eval-count", None, count, "test problems, the first N (all)"),
@@ -145,7 +145,7 @@ def parse(argv, description, recipe, rates):
     check(args, given)
     on_cuda = args.device.startswith("cuda")
     args.lr = args.lr or rates[args.method]
-    args.dtype = args.dtype or ("bf16" if on_cuda and args.method != "full" else "fp32")
+    args.dtype = args.dtype or frozen_dtype.choose(args)
     args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
     args.save_every = args.save_every or (20 if args.method == "full" else 1)
     args.tokens_per_micro_batch = args.tokens_per_micro_batch or (65536 if on_cuda else 2048)

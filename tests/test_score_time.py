@@ -1,7 +1,8 @@
 """python -m pytest -q tests/test_score_time.py
 
-No answer of up to 100,000 characters takes 50 ms to score on an idle core. A policy that degenerates repeats
-itself, and a pattern with two parts that match the same text then takes exponential time.
+No answer of up to 100,000 characters takes 50 ms to score on an idle core. A policy that
+degenerates repeats itself, and a pattern with two parts that match the same text then takes
+exponential time.
 """
 import itertools
 import signal
