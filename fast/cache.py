@@ -11,14 +11,18 @@ Shapes: P prompts of S columns (the longest one's tokens), B rows, D head size, 
 key heads, R = H / KV query heads that share a key head (in training: times the tokens of a row).
 """
 import math
+import os
 from copy import copy
 
 import torch
 import torch.nn.functional as F
 
+from fast.forward import forward
 from model import upcast
 
 SHORT = 192  # keys up to which plain products are faster than torch's kernel, see attention
+
+SAVES = 256  # tokens that all prompts begin with are worth a pass of their own if it saves so many
 
 
 def to_grid(x, place, B, T):
@@ -30,9 +34,9 @@ def to_grid(x, place, B, T):
 def attention(q, k, v, bias=None):
     """Scaled dot-product attention: q (A, B, R, D), k and v (A, B, S, D) -> (A, B, R, D).
 
-    bias, (1, B, R, S): added to the scores, 0 or -inf; None: causal. With few keys in 16 bits on a
-    CPU plain products take 0.3 of the time of torch's kernel (76 keys) to 0.8 (192), forward and
-    backward; they round the scores as attend_one does.
+    bias, (1, 1 or B, R, S): added to the scores, 0 or -inf; None: causal. With few keys in 16 bits
+    on a CPU plain products take 0.3 of the time of torch's kernel (76 keys) to 0.8 (192), forward
+    and backward; they round the scores as attend_one does.
     """
     short = k.shape[2] <= SHORT and q.element_size() == 2 and q.device.type == "cpu"
     if not short:
@@ -61,33 +65,68 @@ class Ragged:
         return y.reshape(self.B * self.T, -1).index_select(0, self.place)
 
 
-class Prompts(Ragged):
-    """A pass over the prompts, which leaves their keys and values in `kv`, one pair a layer."""
+class Prompts:
+    """A pass over the prompts, which leaves their keys and values in `kv`, one pair a layer.
 
-    def __init__(self, prompts, device):
+    start: a pass over what all of them begin with, which is then not computed again.
+    """
+
+    def __init__(self, prompts, device, start=None):
+        n = start.T if start else 0
+        self.before = start.take() if start else None
+        self.B = len(prompts)
+        self.T = max(map(len, prompts))
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (P,)
-        super().__init__(self.lengths, max(map(len, prompts)))
-        self.ids = torch.tensor([i for prompt in prompts for i in prompt], device=device)  # (N,)
-        self.positions = self.place % self.T  # (N,)
-        self.last = self.lengths.cumsum(0) - 1  # (P,): the place of a prompt's last token among N
+        self.real = torch.arange(self.T, device=device) < self.lengths[:, None]  # (P, S)
+        self.own = Ragged(self.lengths - n, self.T - n)  # without the start
+        self.ids = torch.tensor([i for prompt in prompts for i in prompt[n:]], device=device)
+        self.positions = self.own.place % self.own.T + n  # (N,)
+        self.last = (self.lengths - n).cumsum(0) - 1  # (P,): a prompt's last token among N
         self.kv = {}
 
+    def states(self, model, project, recompute=False):
+        """Make the pass -> the states (P, C) that predict the first tokens of the responses."""
+        hidden = forward(model, self.ids, self.positions, self.attend, project, recompute)
+        return hidden[self.last]
+
     def attend(self, layer, q, k, v):
-        q, k, v = (self.grid(x) for x in (q, k, v))  # (P, S, heads, D)
-        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)  # (KV, P, S, D)
+        q, k, v = (self.own.grid(x) for x in (q, k, v))  # (P, S', heads, D)
+        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)  # (KV, P, S', D)
+        bias = None
+        if self.before is not None:
+            k, v = (torch.cat((x.expand(-1, self.B, -1, -1), y), 2)  # (KV, P, S, D)
+                    for x, y in zip(self.before[layer], (k, v)))
+            bias = q.new_full((self.own.T, self.T), -math.inf).triu(1 + self.T - self.own.T)
+            bias = bias[None, None]
         if self.kv is not None:
             self.kv[layer] = k, v
         share = q.shape[2] // len(k)
         k, v = (x.transpose(0, 1).repeat_interleave(share, 1) for x in (k, v))  # (P, H, S, D)
         # padding is on the right, so causal attention alone hides it from every real token
-        y = attention(q.transpose(1, 2), k, v)
-        return self.tokens(y.transpose(1, 2))
+        y = attention(q.transpose(1, 2), k, v, bias)
+        return self.own.tokens(y.transpose(1, 2))
 
     def take(self):
         """The keys and values, given away: activation checkpoints hold `self`, and if it held what
         they computed, the memory of a pass that failed half way would never be freed."""
         kv, self.kv = self.kv, None
         return kv
+
+
+def prefill(model, prompts, project, recompute=False):
+    """Prompts, lists of ids -> (their Prompts, the states (P, C) after them).
+
+    Most begin alike, with a chat format's system message: that is computed once.
+    """
+    device = model.embed_tokens.weight.device
+    n = len(os.path.commonprefix(prompts))
+    n = min(n, min(map(len, prompts)) - 1)  # each has a token of its own
+    start = None
+    if n * (len(prompts) - 1) >= SAVES:
+        start = Prompts([prompts[0][:n]], device)
+        start.states(model, project, recompute)
+    texts = Prompts(prompts, device, start)
+    return texts, texts.states(model, project, recompute)
 
 
 class Responses(Ragged):

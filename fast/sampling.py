@@ -7,7 +7,7 @@ import torch
 
 import grpo
 from fast import graph
-from fast.cache import Cache, Prompts
+from fast.cache import Cache, Prompts, prefill
 from fast.forward import HeldMany, forward, project
 from fast.packed import hold
 from model import upcast
@@ -33,12 +33,6 @@ class Decoder:
         self.cache.keep(rows)
         if isinstance(self.held, HeldMany):
             self.held.which = self.held.which[rows]
-
-
-def prefill(model, prompts, project):
-    """Compute all prompts -> the states (P, C) that predict their first response token."""
-    hidden = forward(model, prompts.ids, prompts.positions, prompts.attend, project)  # (N, C)
-    return hidden[prompts.last]
 
 
 fitting = float("inf")  # rows at once: lowered when memory ran out, for the rest of the run
@@ -81,15 +75,15 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     B = len(prompts) * group
     stops = torch.tensor(sorted(stop_ids), device=device)
 
-    texts = Prompts(prompts, device)
     if values is not None:
+        texts = Prompts(prompts, device)  # no start in common: every prompt has another v
         held = HeldMany(model, values)
-        held.which = texts.place // texts.T  # (N,): the prompt of each token
-        hidden = prefill(model, texts, held.project)
+        held.which = texts.own.place // texts.T  # (N,): the prompt of each token
+        hidden = texts.states(model, held.project)
         held.which = torch.arange(B, device=device) // group
         decoder = Decoder(model, held, texts, group, max_new_tokens)
     else:
-        hidden = prefill(model, texts, project)
+        texts, hidden = prefill(model, prompts, project)
         decoder = graph.decoder(model, texts, group, max_new_tokens)
         decoder = decoder or Decoder(model, hold(model), texts, group, max_new_tokens)
     hidden = hidden.repeat_interleave(group, 0)  # (B, C)

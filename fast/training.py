@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import grpo
-from fast.cache import Prompts, Responses, to_grid
+from fast.cache import Responses, prefill, to_grid
 from fast.forward import forward, logits, project
 from model import log_softmax
 from support import threads
@@ -25,9 +25,8 @@ def logprobs(model, rollout, recompute=False):
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, rollout.prompts)))}
     prompt_of = torch.tensor([number[tuple(p)] for p in rollout.prompts], device=device)  # (B,)
 
-    prompts = Prompts(list(number), device)
-    hidden = forward(model, prompts.ids, prompts.positions, prompts.attend, project, recompute)
-    hidden = hidden[prompts.last[prompt_of]][:, None]  # (B, 1, C): predicts each row's first token
+    prompts, hidden = prefill(model, list(number), project, recompute)  # (P, C)
+    hidden = hidden[prompt_of][:, None]  # (B, 1, C): predicts each row's first token
     if T > 1:  # all tokens but a row's last predict the next one
         responses = Responses(model, prompts, prompt_of, mask.sum(1) - 1, T - 1)
         ids = rollout.ids[:, :-1][responses.real]  # (N',)

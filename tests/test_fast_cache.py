@@ -8,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers import MODELS, random_v, tiny
+from helpers import MODELS, random_v, tiny, to_double
 
 import fast
+import grpo
 import tinylora
 from fast import graph, sampling
-from fast.cache import Prompts, attention
+from fast.cache import attention, prefill
 from fast.forward import Held, project
 
 PROMPTS = [[1, 2, 3], [4], [0, 6], [7, 8, 0, 9]]  # 0 is padding's id, too
@@ -38,8 +39,7 @@ def test_rows_share_their_prompts_keys(kw):
              (3, [[0, 1, 2, 3, 4, 5], [0, 3]]),
              (4, [[0, 1, 4, 5, 6], [0, 1, 3, 4]])]
     for group, keeps in plans:
-        prompts = Prompts(PROMPTS, "cpu")
-        hidden = sampling.prefill(model, prompts, project)
+        prompts, hidden = prefill(model, PROMPTS, project)
         for x, prompt in zip(hidden, PROMPTS):
             want = model.hidden(torch.tensor([prompt]))[0, -1]
             torch.testing.assert_close(x, want, atol=1e-11, rtol=1e-11)
@@ -149,11 +149,48 @@ def test_graphs_let_their_model_go():
     assert gone() is None and len(graph.GRAPHS) == 0
 
 
+# eight prompts, of which all but one go on after its 38 tokens: 7 x 37 need not be computed
+START = list(range(38))
+ALIKE = [START + rest for rest in ([5], [43, 44], [6] * 9, [], [0], [43, 45], [7, 1, 2], [0, 0])]
+
+
+@pytest.mark.parametrize("kw", MODELS, ids=str)
+def test_what_all_prompts_begin_with_is_computed_once(kw):
+    model = tiny(dtype=torch.float64, **kw)
+    params = [tinylora.adapt(model, 13)]
+    to_double(model)
+    random_v(params[0], 0.12)
+    seen = []
+    model.layers[0].mlp.register_forward_pre_hook(lambda *_: pytest.fail("not the fast engine"))
+    model.layers[0].input_layernorm.register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    fast.generate(model, ALIKE, 2, 1, (), 0.0)
+    assert seen == [37, sum(len(prompt) - 37 for prompt in ALIKE)]
+    for few in ([prompt[1:] for prompt in ALIKE], ALIKE[:1] * 9 + [START[:1]], ALIKE[2:3]):
+        seen.clear()  # 252, 0 and 0 tokens: too few for a pass of their own
+        fast.generate(model, few, 2, 1, (), 0.0)
+        assert seen == [sum(map(len, few))]
+    model.layers[0].mlp._forward_pre_hooks.clear()
+
+    noise = np.random.RandomState(0).random_sample((16, 12))
+    for temperature in (1.0, 0.0):
+        args = ALIKE, 2, 12, (0, 3), temperature, noise if temperature else None
+        plain = grpo.generate(model, *args)
+        quick = fast.generate(model, *args)
+        assert torch.equal(plain.ids, quick.ids) and torch.equal(plain.mask, quick.mask)
+        torch.testing.assert_close(plain.logp, quick.logp, rtol=1e-10, atol=1e-10)
+    weight = torch.from_numpy(np.random.RandomState(9).standard_normal(plain.mask.shape))
+    results = []
+    for engine, recompute in ((grpo, False), (fast, False), (fast, True)):
+        logp = engine.logprobs(model, plain, recompute)
+        results.append([logp.detach(), *torch.autograd.grad((logp * weight).sum(), params)])
+    assert results[0][1].abs().max() > 0.01
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 def after_prefill(model):
-    prompts = Prompts(PROMPTS, "cpu")
-    sampling.prefill(model, prompts, project)
-    return prompts
+    return prefill(model, PROMPTS, project)[0]
 
 
 @pytest.mark.parametrize("S", [5, 190, 200])

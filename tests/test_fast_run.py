@@ -108,11 +108,11 @@ def test_out_of_memory_halves_the_rows_of_a_rollout_and_changes_nothing(monkeypa
     real = sampling.prefill
     calls = []
 
-    def short(model, texts, project):
-        calls.append(texts.B)
-        if texts.B > limit:
+    def short(model, prompts, project):
+        calls.append(len(prompts))
+        if len(prompts) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, texts, project)
+        return real(model, prompts, project)
     monkeypatch.setattr(sampling, "prefill", short)
     limit = 2
     for tried in ([7, 3, 1] + [1] * 6, [1] * 7):
