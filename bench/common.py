@@ -14,8 +14,8 @@ import torch
 import fast
 import model as transformer
 import tinylora
-from fast.cache import Prompts
 from fast.forward import Held, base_linear, forward
+from fast.passes import Prompts
 from support.checkpoint import Config
 
 # vocabulary, hidden size, MLP, layers, heads, key heads, head size, tied head

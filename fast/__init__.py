@@ -1,7 +1,8 @@
 """The fast engine: what model.py, tinylora.py and grpo.py compute, sooner, on the same model.
 
     forward.py    the model's forward pass over real tokens only
-    cache.py      keys and values shared by the rows of a group, and attention
+    passes.py     over prompts and over responses, attention in them
+    cache.py      keys and values while sampling, shared by the rows of a group
     sampling.py   generate        training.py   logprobs, accumulate
     packed.py     weights laid out once per rollout, on a CPU
     lanczos.py    the truncated SVD              graph.py      --cuda-graph

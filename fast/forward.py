@@ -5,8 +5,9 @@ attention needs to know which tokens belong to which row, so it is a function th
 
     attend(layer, q (N, H, D), k (N, KV, D), v (N, KV, D)) -> (N, H * D)
 
-see cache.py. `project(modules, x)` applies linear layers to one input; the caller gives that, too,
-because R is computed once per rollout while sampling, and once per forward pass in training.
+see passes.py and cache.py. `project(modules, x)` applies linear layers to one input; the caller
+gives that, too, because R is computed once per rollout while sampling, and once per forward pass in
+training.
 
 Shapes: N tokens, C hidden size, H query heads, KV key heads, D head size.
 """

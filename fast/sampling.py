@@ -7,9 +7,10 @@ import torch
 
 import grpo
 from fast import graph
-from fast.cache import Cache, Prompts, prefill
+from fast.cache import Cache
 from fast.forward import HeldMany, forward, project
 from fast.packed import hold
+from fast.passes import Prompts, prefill
 from model import upcast
 
 SHRINK = 0.75  # rows are dropped when fewer than this part of them go on: dropping copies the cache

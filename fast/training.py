@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import grpo
-from fast.cache import Responses, prefill, to_grid
 from fast.forward import forward, logits, project
+from fast.passes import Responses, prefill, to_grid
 from model import log_softmax
 from support import threads
 

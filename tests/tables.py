@@ -16,6 +16,8 @@ RUNS = {path.parent.name: json.loads(path.read_text())
         for path in sorted(ROOT.glob("results/*/summary.json"))}
 FIGURES = ROOT / "results" / "figures"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
+CONTROLS = {"shuffled": "dealt out anew among a group's responses",
+            "format": "for the answer format only"}
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
 
 # What was compared: the flags as the tables show them, and the folder under results/.
@@ -132,6 +134,22 @@ def arithmetic_table():
                   "confirmation, T = 1: from, to (p)"), rows)
 
 
+def controls_table():
+    """Runs like the arithmetic ones whose rewards said nothing, or paid for format only."""
+    rows = []
+    for name, words in CONTROLS.items():
+        s = RUNS[f"arithmetic-{name}"]
+        cells = []
+        for kind in ("lenient", "sampled_lenient"):
+            before, after = s[f"base_{kind}"], s[f"final_{kind}"]
+            error = (before * (1 - before) / s["eval_count"])**0.5
+            cells.append(f"{before:.3f}, {after:.3f} ({(after - before) / error:+.1f})")
+        rows.append((words, s["seed"], *cells, *pairs(s, ("format", "sampled_format"))))
+    return table(("rewards", "seed", "greedy: from, to (standard errors)",
+                  "T = 1: from, to (standard errors)", "format, greedy: from, to",
+                  "format, T = 1: from, to"), rows)
+
+
 def smollm2_table():
     s = RUNS["smollm2-mawps"]
     checked = json.loads((ROOT / "results/smollm2-mawps/check_base.json").read_text())
@@ -166,6 +184,7 @@ GENERATED = {"claim": claim, "real": real, "seeds": seeds_table,
              "program": lambda: flag_table(flags.PROGRAM)}
 if ARITHMETIC:
     GENERATED["arithmetic"] = arithmetic_table
+    GENERATED["controls"] = controls_table
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)

@@ -12,7 +12,7 @@ import fast
 import grpo
 import model as transformer
 import tinylora
-from fast import cache, forward, training
+from fast import forward, passes, training
 from methods import lora
 from support.chat_format import Chat
 from support.errors import InputError
@@ -286,8 +286,8 @@ def test_training_keeps_no_more_than_it_must():
 def test_a_pass_given_up_leaves_nothing(recompute, saves, monkeypatch):
     """When memory runs out, the next try needs what the failed one held: checkpoints and the keys
     they computed held each other for good."""
-    monkeypatch.setattr(cache, "SAVES", saves)  # with and without a pass over a common start
-    passes = 3 if saves == 1 else 2
+    monkeypatch.setattr(passes, "SAVES", saves)  # with and without a pass over a common start
+    times = 3 if saves == 1 else 2  # that the block is run
     model = tiny(layers=3)
     tinylora.adapt(model, 13)
     data = rollout(model, [(1, 2, 3), (1, 2, 4, 5), (1, 2, 6)])
@@ -298,10 +298,10 @@ def test_a_pass_given_up_leaves_nothing(recompute, saves, monkeypatch):
         if len(outputs) == fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
     model.layers[1].post_attention_layernorm.register_forward_hook(note)
-    for fails in (None, *range(1, passes + 1)):
+    for fails in (None, *range(1, times + 1)):
         outputs.clear()
         try:
             fast.logprobs(model, data, recompute=recompute)
         except torch.OutOfMemoryError:
             pass
-        assert len(outputs) == (fails or passes) and all(ref() is None for ref in outputs), fails
+        assert len(outputs) == (fails or times) and all(ref() is None for ref in outputs), fails

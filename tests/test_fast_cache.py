@@ -14,8 +14,8 @@ import fast
 import grpo
 import tinylora
 from fast import graph, sampling
-from fast.cache import attention, prefill
 from fast.forward import Held, project
+from fast.passes import attention, prefill
 
 PROMPTS = [[1, 2, 3], [4], [0, 6], [7, 8, 0, 9]]  # 0 is padding's id, too
 

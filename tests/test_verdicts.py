@@ -1,0 +1,66 @@
+"""verdicts.py: the rules of the verdict table, on sweeps made up here."""
+import pytest
+
+import verdicts
+
+BASE = {"greedy": 0.1, "T = 1": 0.3}
+SIZES = ("TinyLoRA, 1", "TinyLoRA, 4", "TinyLoRA, 13", "TinyLoRA, 28", "TinyLoRA, 112")
+F1 = dict.fromkeys(SIZES, (0.6, 0.5)) | {
+    "LoRA, r = 1": (0.6, 0.5), "all weights": (0.6, 0.5),
+    "control: 13, paid for format": (0.1, 0.3)}
+
+
+def sweep(settings):
+    """A document of settings {name: (greedy, T = 1) or a list of them, one a seed}."""
+    runs = {}
+    listed = []
+    for name, ends in settings.items():
+        keys = []
+        for end in ends if isinstance(ends, list) else [ends]:
+            keys.append(f"{name} {len(keys)}")
+            runs[keys[-1]] = {
+                "base": {mode: {"strict": x} for mode, x in BASE.items()},
+                "final": {mode: {"strict": x, "format": 1.0} for mode, x in zip(BASE, end)}}
+        listed.append({"name": name, "runs": keys})
+    return {"settings": listed, "runs": runs}
+
+
+@pytest.mark.parametrize("rule, changed, verdict", [
+    ("enough", {}, "holds"),
+    ("enough", {"TinyLoRA, 13": (0.56, 0.49)}, "holds"),  # 0.92 and 0.95 of the gains
+    ("enough", {"TinyLoRA, 13": (0.54, 0.49)}, "holds sampled, not greedy"),
+    ("enough", {"TinyLoRA, 13": [(0.4, 0.4), (0.6, 0.5)]}, "does not hold"),
+    ("more", {}, "holds"),
+    ("more", {"TinyLoRA, 28": (0.7, 0.5)}, "holds sampled, not greedy"),
+    ("more", {"TinyLoRA, 1": (0.7, 0.6)}, "does not hold"),
+    ("lora", {}, "holds"),
+    ("lora", {"LoRA, r = 1": (0.6, 0.4)}, "holds greedy, not sampled"),
+    ("not_format", {}, "holds"),
+    ("not_format", {"control: 13, paid for format": (0.2, 0.2)}, "holds sampled, not greedy")])
+def test_rules(rule, changed, verdict, monkeypatch):
+    monkeypatch.setattr(verdicts, "document", lambda figure: {"F1": sweep(F1 | changed)}[figure])
+    assert getattr(verdicts, rule)()[1] == verdict
+
+
+def test_a_weak_seed_decides(monkeypatch):
+    for ends, verdict in (([(0.9, 0.6), (0.88, 0.58)], "holds"),
+                          ([(0.9, 0.6), (0.6, 0.58)], "holds sampled, not greedy"),
+                          ([(0.9, 0.6), (0.6, 0.4)], "does not hold")):
+        monkeypatch.setattr(verdicts, "document", lambda figure, e=ends: sweep({"13 numbers": e}))
+        measured, said = verdicts.any_seed()
+        assert said == verdict
+        assert measured.startswith("the weakest of 2 seeds gains")
+
+
+def test_numbers_are_the_means_of_the_seeds(monkeypatch):
+    changed = F1 | {"TinyLoRA, 13": [(0.2, 0.3), (0.4, 0.4)]}
+    monkeypatch.setattr(verdicts, "document", lambda figure: sweep(changed))
+    assert verdicts.enough()[0].endswith("0.40 greedy, 0.25 at T = 1")  # 0.2 of 0.5, 0.05 of 0.2
+    assert "greedy: 0.60, 0.60, 0.30, 0.60, 0.60;" in verdicts.more()[0]
+
+
+def test_what_is_not_measured_says_so(monkeypatch):
+    monkeypatch.setattr(verdicts, "document", lambda figure: None)
+    lines = verdicts.table().splitlines()[2:]
+    assert len(lines) == len(verdicts.CLAIMS)
+    assert all("| not measured yet |" in line for line in lines)
