@@ -4,6 +4,7 @@ import re
 import textwrap
 from statistics import median
 
+import verdicts
 from helpers import ROOT
 
 import train
@@ -16,19 +17,9 @@ RUNS = {path.parent.name: json.loads(path.read_text())
         for path in sorted(ROOT.glob("results/*/summary.json"))}
 FIGURES = ROOT / "results" / "figures"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
-CONTROLS = {"shuffled": "dealt out anew among a group's responses",
-            "format": "for the answer format only"}
+CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
+            "arithmetic-format": "for the answer format only"}
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
-
-# What was compared: the flags as the tables show them, and the folder under results/.
-COMPARED = [("`--params 13`", "toy-seed0"),
-            ("`--method lora-xs --lr 0.02`", "compare-xs"),
-            ("`--method lora --lr 1e-3`", "compare-lora"),
-            ("`--method full --lr 1e-4`", "compare-full"),
-            ("`--params 13 --reward format`", "compare-format"),
-            ("`--params 13 --algo sft`", "compare-sft"),
-            ("`--algo sft --method lora --lr 1e-3`", "compare-sft-lora")]
-SCORES = ("strict", "lenient", "format", "sampled", "sampled_format")
 
 
 def percent(share):
@@ -101,26 +92,6 @@ def seeds_table():
                   "T = 1, strict: from, to", "seconds"), rows)
 
 
-def compared_table():
-    base = RUNS["toy-seed0"]
-    rows = [("untrained", 0, *(f"{base[f'base_{kind}']:.3f}" for kind in SCORES))]
-    for words, name in COMPARED:
-        s = RUNS[name]
-        rows.append((words, f"{s['params']:,}", *(f"{s[f'final_{kind}']:.3f}" for kind in SCORES)))
-    return table(("flags", "numbers", "strict", "lenient", "format", "T = 1: strict",
-                  "T = 1: format"), rows)
-
-
-def es_table():
-    rows = []
-    for seed in range(3):
-        es = RUNS[f"es-seed{seed}"]
-        grpo = RUNS[f"toy-seed{seed}"]
-        kinds = ("final_strict", "final_sampled")
-        rows.append((seed, *(f"{s[kind]:.3f}" for kind in kinds for s in (es, grpo))))
-    return table(("seed", "greedy: ES", "greedy: GRPO", "T = 1: ES", "T = 1: GRPO"), rows)
-
-
 def arithmetic_table():
     rows = []
     for name in ARITHMETIC:
@@ -137,14 +108,14 @@ def arithmetic_table():
 def controls_table():
     """Runs like the arithmetic ones whose rewards said nothing, or paid for format only."""
     rows = []
-    for name, words in CONTROLS.items():
-        s = RUNS[f"arithmetic-{name}"]
+    for name in sorted(CONTROLS.keys() & RUNS.keys()):
+        s = RUNS[name]
         cells = []
         for kind in ("lenient", "sampled_lenient"):
             before, after = s[f"base_{kind}"], s[f"final_{kind}"]
             error = (before * (1 - before) / s["eval_count"])**0.5
             cells.append(f"{before:.3f}, {after:.3f} ({(after - before) / error:+.1f})")
-        rows.append((words, s["seed"], *cells, *pairs(s, ("format", "sampled_format"))))
+        rows.append((CONTROLS[name], s["seed"], *cells, *pairs(s, ("format", "sampled_format"))))
     return table(("rewards", "seed", "greedy: from, to (standard errors)",
                   "T = 1: from, to (standard errors)", "format, greedy: from, to",
                   "format, T = 1: from, to"), rows)
@@ -178,8 +149,8 @@ def styles_table():
 
 
 GENERATED = {"claim": claim, "real": real, "seeds": seeds_table,
-             "spread": spread, "styles": styles_table,
-             "compared": compared_table, "es": es_table, "smollm2": smollm2_table,
+             "verdicts": verdicts.table, "lines": verdicts.lines,
+             "spread": spread, "styles": styles_table, "smollm2": smollm2_table,
              "recipe": lambda: flag_table(train.RECIPE),
              "program": lambda: flag_table(flags.PROGRAM)}
 if ARITHMETIC:

@@ -141,7 +141,9 @@ def test_commands_parse(command):
     if "train.py" in words:
         check_train(words[words.index("train.py") + 1:])
     elif words[:2] == ["python", "-m"]:
-        if words[2] != "pytest":
+        if words[2] == "tools.shuffled":  # takes train.py's flags
+            check_train([word for word in words[3:] if word != "..."])
+        elif words[2] != "pytest":
             check_other(ROOT / (words[2].replace(".", "/") + ".py"), words[3:])
     else:
         check_other(ROOT / words[1], words[2:])

@@ -35,7 +35,7 @@ def run_folder(path, rows=(), summary=None, **config):
 
 @pytest.mark.parametrize("names,words", [
     ("", "5 runs of 1 setting\n"), ("going", "6 runs of 1 setting\n"),
-    ("going compare-sft compare-lora", "8 runs of 3 settings\n")])
+    ("going compare-full compare-lora", "8 runs of 3 settings\n")])
 def test_seeds_are_one_setting(names, words, tmp_path, capsys):
     """Five seeds are one line with a band; a run that still goes on is drawn too."""
     going = shutil.copytree(RESULTS / "toy-seed0", tmp_path / "going")
@@ -184,10 +184,18 @@ def test_one_run_alone(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("names,words", [
-    (["compare-lora"], "these have 0"), (["toy-seed0", "es-seed0"], "these have 2"),
-    (["toy-seed0", "compare-lora", "compare-sft-lora"], "two settings of --method lora")])
-def test_runs_that_make_no_claim(names, words, capsys):
-    assert plot.main(["--claim", *(str(RESULTS / name) for name in names)]) == 2
+    (["compare-lora"], "these have 0"), (["toy-seed0", "toy-seed1 es"], "these have 2"),
+    (["toy-seed0", "compare-lora", "compare-lora sft"], "two settings of --method lora")])
+def test_runs_that_make_no_claim(names, words, tmp_path, capsys):
+    """"NAME ALGO": the run NAME, made to say that --algo was another."""
+    folders = []
+    for name in names:
+        source, _, algo = name.partition(" ")
+        folders.append(shutil.copytree(RESULTS / source, tmp_path / name))
+        if algo:
+            config = json.loads((folders[-1] / "config.json").read_text())
+            (folders[-1] / "config.json").write_text(json.dumps(config | {"algo": algo}))
+    assert plot.main(["--claim", *map(str, folders)]) == 2
     one_error(capsys, words)
 
 

@@ -61,6 +61,17 @@ def test_numbers_are_the_means_of_the_seeds(monkeypatch):
 
 def test_what_is_not_measured_says_so(monkeypatch):
     monkeypatch.setattr(verdicts, "document", lambda figure: None)
-    lines = verdicts.table().splitlines()[2:]
-    assert len(lines) == len(verdicts.CLAIMS)
-    assert all("| not measured yet |" in line for line in lines)
+    rows = verdicts.table().splitlines()[2:]
+    assert len(rows) == len(verdicts.CLAIMS)
+    assert all("| not measured yet |" in row for row in rows)
+    assert verdicts.lines() == ""
+
+
+def test_readme_has_what_is_measured(monkeypatch):
+    documents = {"F1": sweep(F1 | {"TinyLoRA, 13": (0.6, 0.4)})}
+    monkeypatch.setattr(verdicts, "document", documents.get)
+    assert verdicts.lines().splitlines() == [
+        "- 13 numbers have most of what RL on all weights gains: **holds greedy, not sampled**.",
+        "- more numbers, more gain: **holds greedy, not sampled**.",
+        "- LoRA of rank 1 gains what all weights gain: **holds**.",
+        "- the gain is not answer format: **holds**."]

@@ -113,11 +113,23 @@ CLAIMS = [
 ]
 
 
-def table():
+def judged():
+    """[(claim, what was measured, verdict, figure)]"""
     rows = []
     for claim, figure, measure in CLAIMS:
         if measure is None or document(figure) is None:
             rows.append((claim, "", OPEN, figure))
         else:
             rows.append((claim, *measure(), figure))
-    return markdown_table(("claim", "the toy, means of the seeds", "verdict", "figure"), rows)
+    return rows
+
+
+def table():
+    """For docs/results.md."""
+    return markdown_table(("claim", "the toy, means of the seeds", "verdict", "figure"), judged())
+
+
+def lines():
+    """For the README: what is measured, a line each."""
+    return "\n".join(f"- {claim}: **{verdict}**."
+                     for claim, _, verdict, _ in judged() if verdict != OPEN)
