@@ -20,7 +20,6 @@ from fast.forward import forward
 from model import upcast
 
 SHORT = 192  # keys up to which plain products are faster than torch's kernel, see attention
-
 SAVES = 256  # tokens that all prompts begin with are worth a pass of their own if it saves so many
 
 
@@ -82,27 +81,28 @@ class Prompts:
         self.positions = self.own.place % self.own.T + n  # (N,)
         self.last = (self.lengths - n).cumsum(0) - 1  # (P,): a prompt's last token among N
         self.kv = {}
+        self.bias = None
 
     def states(self, model, project, recompute=False):
         """Make the pass -> the states (P, C) that predict the first tokens of the responses."""
+        if self.before is not None:  # causal, behind the start; made once for all layers
+            bias = model.embed_tokens.weight.new_full((self.own.T, self.T), -math.inf)
+            self.bias = bias.triu(1 + self.T - self.own.T)[None, None]  # (1, 1, S', S)
         hidden = forward(model, self.ids, self.positions, self.attend, project, recompute)
         return hidden[self.last]
 
     def attend(self, layer, q, k, v):
         q, k, v = (self.own.grid(x) for x in (q, k, v))  # (P, S', heads, D)
         k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)  # (KV, P, S', D)
-        bias = None
         if self.before is not None:
             k, v = (torch.cat((x.expand(-1, self.B, -1, -1), y), 2)  # (KV, P, S, D)
                     for x, y in zip(self.before[layer], (k, v)))
-            bias = q.new_full((self.own.T, self.T), -math.inf).triu(1 + self.T - self.own.T)
-            bias = bias[None, None]
         if self.kv is not None:
             self.kv[layer] = k, v
         share = q.shape[2] // len(k)
         k, v = (x.transpose(0, 1).repeat_interleave(share, 1) for x in (k, v))  # (P, H, S, D)
         # padding is on the right, so causal attention alone hides it from every real token
-        y = attention(q.transpose(1, 2), k, v, bias)
+        y = attention(q.transpose(1, 2), k, v, self.bias)
         return self.own.tokens(y.transpose(1, 2))
 
     def take(self):

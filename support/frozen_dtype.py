@@ -1,4 +1,5 @@
 """In which dtype a run keeps the frozen model, where --dtype does not say."""
+import functools
 import time
 
 import torch
@@ -33,6 +34,7 @@ def choose(args):
     return "bf16" if share_of_fp32(*shape) < FASTER else "fp32"
 
 
+@functools.cache  # a sweep reads the flags of many runs, which must not differ
 def share_of_fp32(d_out, d_in):
     """The time of a product in bf16 by its time in fp32, the best of three each."""
     best = {}

@@ -78,6 +78,21 @@ def rollout(model, prompts=((1, 2, 3, 4, 5), (6, 7, 8), (9, 10)), group=4, lengt
     return engine.generate(model, prompts, group, length, stops, temperature, noise, **kw)
 
 
+def check_logprobs(model, params, data, engine):
+    """The engine gives a rollout's log-probs and their gradient as the plain one does, to 1e-10;
+    with recomputing the same bits as without."""
+    weight = torch.from_numpy(np.random.RandomState(9).standard_normal(data.mask.shape))
+    results = []
+    for module, recompute in ((grpo, False), (engine, False), (engine, True)):
+        logp = module.logprobs(model, data, recompute)
+        results.append([logp.detach(), *torch.autograd.grad((logp * weight).sum(), params)])
+    assert results[0][1].abs().max() > 0.01
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:]))
+
+
 def write_folder(folder, model, shards=1):
     """A model folder in Hugging Face's layout, with the toy's tokenizer files."""
     c = model.config

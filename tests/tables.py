@@ -9,7 +9,7 @@ from helpers import ROOT
 
 import train
 from support import flags
-from support.scores import MODES
+from support.scores import MODES, standard_error
 from tools import factor, styles, sweep_table
 from tools.runs import markdown_table as table
 
@@ -113,7 +113,7 @@ def controls_table():
         cells = []
         for kind in ("lenient", "sampled_lenient"):
             before, after = s[f"base_{kind}"], s[f"final_{kind}"]
-            error = (before * (1 - before) / s["eval_count"])**0.5
+            error = standard_error(before, s["eval_count"])
             cells.append(f"{before:.3f}, {after:.3f} ({(after - before) / error:+.1f})")
         rows.append((CONTROLS[name], s["seed"], *cells, *pairs(s, ("format", "sampled_format"))))
     return table(("rewards", "seed", "greedy: from, to (standard errors)",

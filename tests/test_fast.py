@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import LLAMA3, MODELS, TOY, random_v, rollout, tiny, to_double
+from helpers import LLAMA3, MODELS, TOY, check_logprobs, random_v, rollout, tiny, to_double
 
 import fast
 import grpo
@@ -65,16 +65,7 @@ def test_equal_on_every_model(kw, method):
         close(plain.logp, quick.logp)
         if temperature == 0:
             continue
-        weight = torch.from_numpy(np.random.RandomState(9).standard_normal(plain.mask.shape))
-        results = []
-        for engine, recompute in ((grpo, False), (fast, False), (fast, True)):
-            logp = engine.logprobs(model, plain, recompute)
-            results.append([logp.detach(), *torch.autograd.grad((logp * weight).sum(), params)])
-        assert results[0][1].abs().max() > 0.01
-        for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                close(a, b)
-        assert all(torch.equal(a, b) for a, b in zip(*results[1:]))
+        check_logprobs(model, params, plain, fast)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 10**9])

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers import MODELS, random_v, tiny, to_double
+from helpers import MODELS, check_logprobs, random_v, tiny, to_double
 
 import fast
 import grpo
@@ -178,14 +178,7 @@ def test_what_all_prompts_begin_with_is_computed_once(kw):
         quick = fast.generate(model, *args)
         assert torch.equal(plain.ids, quick.ids) and torch.equal(plain.mask, quick.mask)
         torch.testing.assert_close(plain.logp, quick.logp, rtol=1e-10, atol=1e-10)
-    weight = torch.from_numpy(np.random.RandomState(9).standard_normal(plain.mask.shape))
-    results = []
-    for engine, recompute in ((grpo, False), (fast, False), (fast, True)):
-        logp = engine.logprobs(model, plain, recompute)
-        results.append([logp.detach(), *torch.autograd.grad((logp * weight).sum(), params)])
-    assert results[0][1].abs().max() > 0.01
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-10)
+    check_logprobs(model, params, plain, fast)
 
 
 @torch.no_grad()

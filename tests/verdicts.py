@@ -35,9 +35,9 @@ def gains(document, name):
             for mode in MODES}
 
 
-def both(values):
+def both(values, sign=""):
     """"0.93 greedy, 0.41 at T = 1" """
-    return f"{values['greedy']:.2f} greedy, {values['T = 1']:.2f} at T = 1"
+    return f"{values['greedy']:{sign}.2f} greedy, {values['T = 1']:{sign}.2f} at T = 1"
 
 
 def where(holds):
@@ -78,12 +78,8 @@ def not_format():
     control = gains(f1, "control: 13, paid for format")
     paid = {mode: mean(scores(f1, "control: 13, paid for format", mode, score="format"))
             for mode in MODES}
-    return (f"paid for format only, 13 numbers: format {both(paid)}; strict {signed(control)}",
+    return (f"paid for format only, 13 numbers: format {both(paid)}; strict {both(control, '+')}",
             where({mode: x < 0.1 * gains(f1, "TinyLoRA, 13")[mode] for mode, x in control.items()}))
-
-
-def signed(values):
-    return f"{values['greedy']:+.2f} greedy, {values['T = 1']:+.2f} at T = 1"
 
 
 def any_seed():

@@ -7,13 +7,12 @@ first way finds the answer. So the greedy score says for how many questions it i
 style, the score at T = 1 how likely it is. Reads the samples that results/sweep.py's test runs
 keep; --runs is its folder of runs.
 """
-import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import read_jsonl, replacing
+from support.files import read_jsonl, write_json
 from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES, main_score
@@ -99,8 +98,7 @@ def work(args):
         raise InputError(f"{args.runs}: {len(missing)} of the sweep's runs are not there, the "
                          f"first is {missing[0]}; make them with results/sweep.py")
     found = measured(document, Path(args.runs))
-    with replacing(args.out) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, found)
     print(markdown(found))
 
 
