@@ -3,6 +3,7 @@
     forward.py    the model's forward pass over real tokens only
     passes.py     over prompts and over responses, attention in them
     cache.py      keys and values while sampling, shared by the rows of a group
+    head.py       log-probs of tokens from the last states, and draws
     sampling.py   generate        training.py   logprobs, accumulate
     packed.py     weights laid out once per rollout, on a CPU
     lanczos.py    the truncated SVD              graph.py      --cuda-graph

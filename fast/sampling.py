@@ -9,6 +9,7 @@ import grpo
 from fast import graph
 from fast.cache import Cache
 from fast.forward import HeldMany, forward, project
+from fast.head import sample
 from fast.packed import hold
 from fast.passes import Prompts, prefill
 from model import upcast
@@ -97,7 +98,7 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     for t in range(max_new_tokens):
         uniform = None if noise is None else noise[rows, t]
         logits = decoder.held.logits(model, hidden)  # (B', vocab)
-        token, token_logp = grpo.sample(logits, temperature, uniform)  # (B',) each
+        token, token_logp = sample(logits, temperature, uniform)  # (B',) each
         ids[rows, t] = token.masked_fill(done, 0)
         mask[rows, t] = ~done
         logp[rows, t] = token_logp.masked_fill(done, 0)

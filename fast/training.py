@@ -6,15 +6,12 @@ which read their prompt's keys. Micro-batches of small models are computed side 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import grpo
-from fast.forward import forward, logits, project
+from fast.forward import forward, project
+from fast.head import token_logps
 from fast.passes import Responses, prefill, to_grid
-from model import log_softmax
 from support import threads
-
-CHUNK_BYTES = 2**25  # of fp32 logits on a CPU: up to there malloc keeps what is freed
 
 
 def logprobs(model, rollout, recompute=False):
@@ -35,18 +32,7 @@ def logprobs(model, rollout, recompute=False):
         hidden = torch.cat((hidden, rest), 1)  # (B, T, C): position t predicts token t
     hidden = hidden[mask]  # (N, C)
     target = rollout.ids[mask]  # (N,)
-
-    def head(hidden, target):
-        logp = log_softmax(logits(model, hidden), rollout.temperature or 1.0)
-        return logp.gather(1, target[:, None])[:, 0]
-
-    # chunk by chunk, and again in the backward pass: a whole batch's logits never exist at once
-    size = grpo.HEAD_CHUNK
-    if device.type == "cpu":  # a larger block of memory is given back and fetched anew each time
-        size = max(64, min(size, CHUNK_BYTES // (4 * model.vocab)))
-    chunks = zip(hidden.split(size), target.split(size))
-    flat = torch.cat([checkpoint(head, h, t, use_reentrant=False, preserve_rng_state=False)
-                      for h, t in chunks])  # (N,)
+    flat = token_logps(model, hidden, target, rollout.temperature or 1.0)  # (N,)
     return flat.new_zeros(B, T).masked_scatter(mask, flat)
 
 
