@@ -1,23 +1,27 @@
-"""What parts of the fast engine buy: python bench/speed.py start | skew | many [--model M]
+"""What parts of the fast engine buy: python bench/speed.py start | skew | many | head
 
     start  seconds to put TinyLoRA on the 196 matrices of Qwen2.5-7B's shape, given --model's
            singular values (two layers x 14), and what the adapter adds to a forward of those two
     skew   10% of the rows run to the limit and the rest to a quarter of it: dropping rows that have
            ended against decoding every row to the end
     many   64 rows with 64 different v's against 64 rows with one v
+    head   draws and log-probs with their gradient from 256 states, fast and plain, fp32 and bf16
 """
 from statistics import median
+from types import SimpleNamespace
 
 from common import SHAPES, limited, random_model, seconds, turns, wrapped
 from sides import Setup
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fast
 import grpo
 import model as transformer
 import tinylora
+from fast import head as fast_head
 from support.hub import find_model
 
 
@@ -108,4 +112,42 @@ def many(args):
     return result
 
 
-KINDS = {"start": start, "skew": skew, "many": many}
+def head(args):
+    """The table of --model's size, random states."""
+    result = {}
+    size = transformer.load(find_model(args.model)).embed_tokens.weight.shape
+    for dtype in (torch.float32, torch.bfloat16):
+        rng = np.random.RandomState(0)
+        W = torch.from_numpy(rng.standard_normal(size) / 20).to(dtype)
+        table = SimpleNamespace(embed_tokens=SimpleNamespace(weight=W), vocab=size[0],
+                                config=SimpleNamespace(tie_word_embeddings=True))
+        states = torch.from_numpy(rng.standard_normal((256, size[1]))).to(dtype)
+        target = torch.from_numpy(rng.randint(size[0], size=256))
+        logits = states @ W.T
+        uniform = torch.from_numpy(rng.random_sample(256))
+
+        def both_ways(token_logps):
+            hidden = states.clone().requires_grad_()
+            token_logps(hidden).sum().backward()
+
+        def plain(hidden):
+            def one(hidden):
+                logp = transformer.log_softmax(hidden @ W.T, 1.0)
+                return logp.gather(1, target[:, None])[:, 0]
+            return checkpoint(one, hidden, use_reentrant=False)
+
+        got = turns(args.rounds,
+                    drawn=lambda: seconds(lambda: fast_head.sample(logits, 1.0, uniform)),
+                    plain_drawn=lambda: seconds(lambda: grpo.sample(logits, 1.0, uniform)),
+                    learned=lambda: seconds(lambda: both_ways(
+                        lambda x: fast_head.token_logps(table, x, target, 1.0))),
+                    plain_learned=lambda: seconds(lambda: both_ways(plain)))
+        ms = {side: 1000 * median(took for took, _ in x) for side, x in got.items()}
+        result[str(dtype).removeprefix("torch.")] = {
+            "draws": [round(ms["drawn"]), round(ms["plain_drawn"])],
+            "log-probs and gradient": [round(ms["learned"]), round(ms["plain_learned"])]}
+    print(f"head: ms, fast and plain: {result}", flush=True)
+    return result
+
+
+KINDS = {"start": start, "skew": skew, "many": many, "head": head}

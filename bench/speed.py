@@ -5,7 +5,7 @@
     wrap     seconds to put TinyLoRA on one 18944 x 3584 matrix, and on the model: PEFT's TinyLoRA
     memory   what an update of 32 responses of 128 tokens adds to the peak memory, each in a process
              of its own: TRL's
-    start, skew, many    parts of the fast engine, see bench/parts.py
+    start, skew, many, head    parts of the fast engine, see bench/parts.py
 
 `fast` and `plain` are the two engines. All sides get the same weights, prompts and lengths, sample
 at T = 1 from the full softmax, and take turns (fast, plain, theirs, fast ...). Figures are medians

@@ -16,6 +16,7 @@ from model import log_softmax, upcast
 # keep what is freed instead of fetching memory anew each time
 SAMPLED = 2**22
 TRAINED = 2**24  # a product of more rows reads W less often
+LONG = 8192  # tokens of a vocabulary from which on draws by blocks are faster than plain ones
 BLOCK = 256  # tokens whose probabilities are added up before one of them is drawn
 
 
@@ -73,6 +74,9 @@ def token_logps(model, hidden, target, temperature):
 
 def sample(logits, temperature, uniform):
     """As grpo.sample: next tokens (B,) and their log-probs (B,) from logits (B, vocab)."""
+    if logits.shape[1] < LONG:
+        return grpo.sample(logits, temperature, uniform)
+
     def compute(logits, uniform=None):
         return sample_piece(logits, temperature, uniform)
 

@@ -64,11 +64,12 @@ SMALL = ("--problems", "2", "--group", "2", "--tokens", "8", "--rounds", "1")
 
 @needs("transformers", "trl", "peft", "datasets")
 def test_speed():
-    _, result = bench("speed.py", "rollout", "step", "skew", "many", *SMALL, "--lengths", "limit")
+    _, result = bench("speed.py", "rollout", "step", "skew", "many", "head", *SMALL, "--lengths", "limit")
     assert set(result["rollout"]["limit"]) == {"fast", "plain", "default", "static", "ratio",
                                                "fast to plain"}
     assert result["step"]["limit"]["trl, fastest"] > 0 and result["skew"]["ratio"] > 0
     assert result["many"][f"tokens alike, of {4 * 8}"]["one v"] == 32
+    assert set(result["head"]) == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("name,words", [("speed.py", ["sing"]), ("scale.py", ["--batches", "7"]),

@@ -42,6 +42,21 @@ def test_rules(rule, changed, verdict, monkeypatch):
     assert getattr(verdicts, rule)()[1] == verdict
 
 
+@pytest.mark.parametrize("ends, verdict", [
+    ([(0.1, 0.3), (0.6, 0.5)], "holds"),  # SFT gets there with 10,000 numbers, RL with 13
+    ([(0.6, 0.3), (0.7, 0.5)], "holds sampled, not greedy"),  # with 100 numbers, greedy
+    ([(0.6, 0.5), (0.7, 0.6)], "does not hold"),
+    ([(0.1, 0.3), (0.2, 0.4)], "holds")])  # never
+def test_rule_of_sft(ends, verdict, monkeypatch):
+    rl = sweep({"TinyLoRA, 13": (0.6, 0.5)})
+    sft = sweep({"100, worked": ends[0], "10000, worked": ends[1], "1, own": (1.0, 1.0)})
+    for document, numbers in ((rl, [13]), (sft, [100, 10_000, 1])):
+        for run, n in zip(document["runs"].values(), numbers):
+            run |= {"params": n, "score": "strict"}
+    monkeypatch.setattr(verdicts, "document", {"F1": rl, "F2": sft}.get)
+    assert verdicts.sft()[1] == verdict
+
+
 def test_a_weak_seed_decides(monkeypatch):
     for ends, verdict in (([(0.9, 0.6), (0.88, 0.58)], "holds"),
                           ([(0.9, 0.6), (0.6, 0.58)], "holds sampled, not greedy"),
