@@ -50,10 +50,11 @@ def measured(folder, engine, settings):
     import model as transformer
     import tinylora
     from common import settings as recipe
-    from fast import packed
+    from fast import head, packed
     from tools.probe import no_svd
 
     packed.MOST = 0  # no copies of weights: only sampling on a CPU makes them
+    head.SAMPLED = head.TRAINED = 2**62  # nor small pieces of logits
     model = transformer.load(folder, torch.float32)
     v = tinylora.adapt(model, 13, svd=no_svd)
     for module in model.modules():
