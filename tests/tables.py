@@ -92,14 +92,30 @@ def seeds_table():
                   "T = 1, strict: from, to", "seconds"), rows)
 
 
+def paired(name, file):
+    """Cells of what tools/compare.py wrote of a run: greedy, T = 1."""
+    lines = (ROOT / "results" / name / file).read_text().splitlines()
+    return [f"{c['before']:.3f}, {c['after']:.3f} ({c['p']:.0e})" for c in map(json.loads, lines)]
+
+
+def forgetting_table():
+    """What else the arithmetic runs changed."""
+    rows = []
+    for name in ARITHMETIC:
+        loss = json.loads((ROOT / "results" / name / "forgetting.json").read_text())["loss"]
+        cells = [f"{x['before']:.2f}, {x['after']:.2f} ({x['after'] - x['before']:+.2f} +- "
+                 f"{x['error']:.2f})" for x in loss.values()]
+        rows.append((RUNS[name]["seed"], *cells, *paired(name, "two_digit.jsonl")))
+    return table(("seed", *(f"nats a token, {text.removeprefix('prose, ')}" for text in loss),
+                  "two-digit sums, greedy: from, to (p)", "T = 1: from, to (p)"), rows)
+
+
 def arithmetic_table():
     rows = []
     for name in ARITHMETIC:
         s = RUNS[name]
-        confirmed = [json.loads(line) for line in
-                     (ROOT / "results" / name / "confirmation.jsonl").read_text().splitlines()]
-        shares = [f"{c['before']:.3f}, {c['after']:.3f} ({c['p']:.0e})" for c in confirmed]
-        rows.append((s["seed"], *pairs(s, ("lenient", "sampled_lenient", "format")), *shares))
+        rows.append((s["seed"], *pairs(s, ("lenient", "sampled_lenient", "format")),
+                     *paired(name, "confirmation.jsonl")))
     return table(("seed", "test, greedy: from, to", "test, T = 1: from, to",
                   "test, format, greedy: from, to", "confirmation, greedy: from, to (p)",
                   "confirmation, T = 1: from, to (p)"), rows)
@@ -156,6 +172,7 @@ GENERATED = {"claim": claim, "real": real, "seeds": seeds_table,
 if ARITHMETIC:
     GENERATED["arithmetic"] = arithmetic_table
     GENERATED["controls"] = controls_table
+    GENERATED["forgetting"] = forgetting_table
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)

@@ -106,6 +106,19 @@ def test_arithmetic_refuses_a_split_it_does_not_have(arithmetic):
         arithmetic.load("somewhere", False)
 
 
+def test_two_digit_sums_are_another_task(arithmetic):
+    task = module_at(ROOT / "examples/two_digit.py")
+    train, test = task.load("gsm8k", True)
+    assert train == arithmetic.questions("train")
+    assert len({problem["question"] for problem in test}) == len(test) == 300
+    assert (train, test) == task.load("gsm8k", True), "the same every time"
+    for problem in test:
+        a, b = (int(n) for n in re.findall(r"\d+", problem["question"]))
+        assert min(a, b) >= 10 and max(a, b) < 100 and int(problem["answer"]) == a + b
+    with pytest.raises(InputError, match="--data validation: this task has no other data"):
+        task.load("validation", True)
+
+
 def test_arithmetic_pays_the_last_number(arithmetic):
     problem = {"answer": "12"}
     assert arithmetic.score("3 + 9 = 12.", problem) == {"lenient": 1, "strict": 0, "format": 0}
