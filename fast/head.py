@@ -1,7 +1,7 @@
 """Beyond the last layer: log-probs of known tokens for the trainer, draws for the sampler.
 
 A row of logits is long (151,665 numbers in Qwen2.5), and every pass over it waits for memory. So
-rows come in pieces, which on a CPU stay in its caches, and are read as few times as can be.
+there are few passes, over some rows at a time, which on a CPU stay in its caches.
 """
 import math
 
@@ -9,19 +9,19 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import grpo
-from fast.forward import head, linear, logits
+from fast.forward import head, logits
 from model import log_softmax, upcast
 
-# bytes of fp32 logits that exist at once on a CPU: little enough for its caches, and for malloc to
-# keep what is freed instead of fetching memory anew each time
+# bytes of a piece's logits in fp32, on a CPU: few enough for its caches, and for malloc to keep what
+# is freed instead of fetching memory anew each time
 SAMPLED = 2**22
 TRAINED = 2**24  # a product of more rows reads W less often
-LONG = 8192  # tokens of a vocabulary from which on draws by blocks are faster than plain ones
+LONG = 8192  # in a larger vocabulary, draws by blocks are faster than plain ones
 BLOCK = 256  # tokens whose probabilities are added up before one of them is drawn
 
 
 def in_pieces(function, most, vocab, *tensors):
-    """function of a few rows of the tensors after the other; its results joined."""
+    """The results of function, called with some rows of the tensors at a time, joined."""
     size = grpo.HEAD_CHUNK
     if tensors[0].device.type == "cpu":
         size = max(1, min(size, most // (4 * vocab)))
@@ -29,45 +29,42 @@ def in_pieces(function, most, vocab, *tensors):
     return [torch.cat(parts) for parts in zip(*results)]
 
 
-class TokenLogp(torch.autograd.Function):
-    """log p (N,) of the tokens target (N,) after hidden (N, C), where the head W is frozen.
-
-    Its gradient, (W[target] - sum_i p_i W[i]) / temperature, is one vector of C numbers a token: it
-    is made at once, and neither logits nor a second pass over them are needed to go back.
-    """
+class AtOnce(torch.autograd.Function):
+    """logps(hidden) (N,), where number i depends on row i of hidden (N, C) alone, on nothing
+    trained, and its gradient, one row of C numbers, is computed together with it: going back takes
+    no logits, which would have to be kept or computed again."""
 
     @staticmethod
-    def forward(ctx, hidden, target, W, vocab, temperature):
-        table = log_softmax(linear(hidden, W)[:, :vocab], temperature)  # (N, vocab)
-        target = target[:, None]
-        logp = table.gather(1, target)
-        p = table.exp_()
-        p.scatter_add_(1, target, -torch.ones_like(logp))  # in fp32: with p near 1 little is left
-        rounded = W.new_zeros(len(p), len(W))  # W whole: an odd width makes slow GPU kernels
-        rounded[:, :vocab] = p
-        ctx.save_for_backward(linear(rounded, W.T) / -temperature)
-        return logp[:, 0]
+    def forward(ctx, hidden, logps):
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            logp = logps(hidden)
+            [slope] = torch.autograd.grad(logp.sum(), hidden)  # (N, C)
+        ctx.save_for_backward(slope)
+        return logp.detach()
 
     @staticmethod
     def backward(ctx, dlogp):
-        [slope] = ctx.saved_tensors  # (N, C)
-        return (dlogp[:, None] * slope).to(slope.dtype), None, None, None, None
+        [slope] = ctx.saved_tensors
+        return (dlogp[:, None] * slope).to(slope.dtype), None
 
 
 def token_logps(model, hidden, target, temperature):
     """log p (N,) of the tokens target (N,), each after its state hidden (N, C)."""
-    W = head(model)
+    trained = head(model).requires_grad
 
     def one(hidden, target):
         logp = log_softmax(logits(model, hidden), temperature)
         return logp.gather(1, target[:, None])[:, 0]
 
     def compute(hidden, target):
-        if not torch.is_grad_enabled():
-            return [one(hidden, target)]
-        if W.requires_grad:  # computed again in the backward pass
-            return [checkpoint(one, hidden, target, use_reentrant=False, preserve_rng_state=False)]
-        return [TokenLogp.apply(hidden, target, W, model.vocab, temperature)]
+        if trained:  # computed again in the backward pass
+            logp = checkpoint(one, hidden, target, use_reentrant=False, preserve_rng_state=False)
+        elif torch.is_grad_enabled():
+            logp = AtOnce.apply(hidden, lambda hidden: one(hidden, target))
+        else:
+            logp = one(hidden, target)
+        return [logp]
 
     return in_pieces(compute, TRAINED, model.vocab, hidden, target)[0]
 
@@ -85,16 +82,19 @@ def sample(logits, temperature, uniform):
 
 
 def sample_piece(logits, temperature, uniform):
-    """As grpo.sample, in few passes; the vocabulary is cut into blocks, -inf behind its end."""
+    """As grpo.sample, up to rounding: the vocabulary is cut into blocks, -inf behind its end."""
     B, vocab = logits.shape
-    x = upcast(logits[:, :0]).new_empty(B, -(-vocab // BLOCK) * BLOCK)
+    blocks = -(-vocab // BLOCK)
+    x = upcast(logits[:, :0]).new_empty(B, blocks * BLOCK)
     x[:, :vocab] = logits
     x[:, vocab:] = -math.inf
-    x = x.div_(temperature or 1.0).view(B, -1, BLOCK)  # (B, blocks, BLOCK)
+    if temperature not in (0, 1):
+        x.div_(temperature)
+    x = x.view(B, blocks, BLOCK)
     highest = x.amax(-1)  # (B, blocks)
     top = highest.amax(-1, keepdim=True)  # (B, 1)
     p = (x - top[:, :, None]).exp_()  # not yet divided by its sum
-    cdf = p.sum(-1, dtype=torch.float64).cumsum_(-1)  # (B, blocks)
+    cdf = p.sum(-1).double().cumsum_(-1)  # (B, blocks); sum(dtype=float64) would copy all of p
 
     if temperature == 0:
         block = highest.argmax(-1, keepdim=True)

@@ -74,7 +74,8 @@ def real():
         f"**A model that nobody here made**, SmolLM2-135M-Instruct, learns by **{s['params']} "
         f"numbers, {s['adapter_bytes']:,} bytes**, to use the arithmetic that it half knows. Of "
         f"{s['eval_count']} questions with pairs of numbers and phrasings that training did not "
-        f"have, it answers {span('base_lenient')} before and {span('final_lenient')} after, greedy "
+        f"have, {span('base_lenient')} get the right last number in 16 tokens before and "
+        f"{span('final_lenient')} after, greedy "
         f"({span('base_sampled_lenient')} and {span('final_sampled_lenient')} sampled at T = 1; "
         f"{len(runs)} seeds). Two CPU cores that multiply bf16 took "
         f"{round(RUNS['arithmetic-seed3']['seconds'] / 60)} minutes:")
@@ -114,11 +115,11 @@ def arithmetic_table():
     rows = []
     for name in ARITHMETIC:
         s = RUNS[name]
-        rows.append((s["seed"], *pairs(s, ("lenient", "sampled_lenient", "format")),
+        rows.append((s["seed"], *pairs(s, ("lenient", "sampled_lenient", "strict", "format")),
                      *paired(name, "confirmation.jsonl")))
     return table(("seed", "test, greedy: from, to", "test, T = 1: from, to",
-                  "test, format, greedy: from, to", "confirmation, greedy: from, to (p)",
-                  "confirmation, T = 1: from, to (p)"), rows)
+                  "strict, greedy: from, to", "format, greedy: from, to",
+                  "confirmation, greedy: from, to (p)", "T = 1: from, to (p)"), rows)
 
 
 def controls_table():

@@ -82,6 +82,11 @@ def test_nan_and_infinity_stay_in_range_and_are_seen():
             assert logp[0].isfinite() and not logp[1].isfinite()
 
 
+def test_no_rows():
+    token, logp = head.sample(torch.zeros(0, 300), 1.0, torch.zeros(0).double())
+    assert token.shape == logp.shape == (0,)
+
+
 def test_pieces_change_nothing(monkeypatch):
     rng = np.random.RandomState(2)
     logits, uniform = draws(rng, 100, 700, torch.float32)
@@ -113,8 +118,28 @@ def test_the_gradient_is_autograds(vocab, temperature, monkeypatch):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
+def test_changed_mathematics_have_their_own_gradient(monkeypatch):
+    """Nothing here knows the softmax's derivative: log_softmax may be changed in model.py."""
+    def capped(logits, temperature):
+        return (5 * (logits / temperature / 5).tanh()).log_softmax(-1)
+
+    monkeypatch.setattr(head, "log_softmax", capped)
+    torch.manual_seed(0)
+    W = torch.randn(40, 8, dtype=torch.float64)
+    hidden = torch.randn(6, 8, dtype=torch.float64)
+    target = torch.randint(40, (6,))
+    slopes = []
+    for trained in (False, True):  # autograd's own, where the table is trained
+        model = Model(W.clone(), 40)
+        model.embed_tokens.weight.requires_grad_(trained)
+        x = hidden.clone().requires_grad_()
+        head.token_logps(model, x, target, 1.0).sum().backward()
+        slopes.append(x.grad)
+    torch.testing.assert_close(*slopes)
+
+
 def test_a_token_that_is_almost_certain_keeps_its_gradient():
-    """1 - p is a small number, not what rounding leaves of a difference of large ones."""
+    """p - 1 is rounded to bf16, not p: what is left of 1 - p would be lost."""
     torch.manual_seed(0)
     W = torch.randn(300, 16)
     W[5] = 2.5
