@@ -12,8 +12,8 @@ import grpo
 from fast.forward import head, logits
 from model import log_softmax, upcast
 
-# bytes of a piece's logits in fp32, on a CPU: few enough for its caches, and for malloc to keep what
-# is freed instead of fetching memory anew each time
+# bytes of a piece's logits in fp32, on a CPU: few enough for its caches, and for malloc to keep
+# what is freed instead of fetching memory anew each time
 SAMPLED = 2**22
 TRAINED = 2**24  # a product of more rows reads W less often
 LONG = 8192  # in a larger vocabulary, draws by blocks are faster than plain ones

@@ -73,9 +73,8 @@ def real():
     text = (
         f"**A model that nobody here made**, SmolLM2-135M-Instruct, learns by **{s['params']} "
         f"numbers, {s['adapter_bytes']:,} bytes**, to use the arithmetic that it half knows. Of "
-        f"{s['eval_count']} questions with pairs of numbers and phrasings that training did not "
-        f"have, {span('base_lenient')} get the right last number in 16 tokens before and "
-        f"{span('final_lenient')} after, greedy "
+        f"{s['eval_count']} questions with unseen numbers and phrasings, {span('base_lenient')} "
+        f"get the right last number in 16 tokens before and {span('final_lenient')} after, greedy "
         f"({span('base_sampled_lenient')} and {span('final_sampled_lenient')} sampled at T = 1; "
         f"{len(runs)} seeds). Two CPU cores that multiply bf16 took "
         f"{round(RUNS['arithmetic-seed3']['seconds'] / 60)} minutes:")

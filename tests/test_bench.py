@@ -64,7 +64,8 @@ SMALL = ("--problems", "2", "--group", "2", "--tokens", "8", "--rounds", "1")
 
 @needs("transformers", "trl", "peft", "datasets")
 def test_speed():
-    _, result = bench("speed.py", "rollout", "step", "skew", "many", "head", *SMALL, "--lengths", "limit")
+    kinds = ("rollout", "step", "skew", "many", "head")
+    _, result = bench("speed.py", *kinds, *SMALL, "--lengths", "limit")
     assert set(result["rollout"]["limit"]) == {"fast", "plain", "default", "static", "ratio",
                                                "fast to plain"}
     assert result["step"]["limit"]["trl, fastest"] > 0 and result["skew"]["ratio"] > 0

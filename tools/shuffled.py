@@ -3,8 +3,9 @@
     python -m tools.shuffled --params 13 --seed 1 --out runs/shuffled ...     (train.py's flags)
 
 Groups keep their rewards, so at first advantages, step sizes and the number of groups with a signal
-are as large as without; but they say nothing of the responses. What such a run gains, a run gains
-without learning from its rewards. Nothing in the run's folder tells that it was one of these: name it so.
+are as large as without this; but they say nothing of the responses. What such a run gains, a run
+gains without learning from its rewards. Nothing in the run's folder tells that it was one of these:
+name it so.
 """
 import sys
 
