@@ -72,11 +72,11 @@ def real():
         low, high = (percent(f(run[key] for run in runs)) for f in (min, max))
         return low if low == high else f"{low} to {high}"
     text = (
-        f"**A model that nobody here made**, SmolLM2-135M-Instruct, learns by **{s['params']} "
-        f"numbers, {s['adapter_bytes']:,} bytes**, to use the arithmetic that it half knows. Of "
-        f"{s['eval_count']} questions with unseen numbers and phrasings, {span('base_lenient')} "
-        f"get the right last number in 16 tokens before ({percent(longer['before'])} in 64) and "
-        f"{span('final_lenient')} after, greedy "
+        f"**A model that nobody here made**, SmolLM2-135M-Instruct, learns arithmetic by "
+        f"**{s['params']} numbers, {s['adapter_bytes']:,} bytes**. Of {s['eval_count']} questions "
+        f"with unseen numbers and phrasings, {span('base_lenient')} get the right last number in "
+        f"16 tokens before ({percent(longer['before'])} in 64) and {span('final_lenient')} after, "
+        f"greedy "
         f"({span('base_sampled_lenient')} and {span('final_sampled_lenient')} sampled at T = 1; "
         f"{len(runs)} seeds). Two CPU cores that multiply bf16 took "
         f"{round(RUNS['arithmetic-seed3']['seconds'] / 60)} minutes:")
