@@ -1,7 +1,7 @@
 """Sums of two numbers from 10 to 99: what else has a run on arithmetic.py changed?
 
     python train.py --task examples/two_digit.py --eval-only --adapter ADAPTER --model M \
-        --max-new-tokens 16
+        --max-new-tokens 24
 
 300 questions in the phrasings of arithmetic.py's training, which is what would be trained on here,
 too.
