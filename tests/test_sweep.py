@@ -248,6 +248,8 @@ def test_the_figures_can_be_run():
     for path in paths:
         spec = sweep_file.read_definition(path)
         spec["validation"] = "toy"
+        if "model" in spec["flags"]:  # a folder that only who runs it has
+            spec["flags"]["model"] = str(TOY)
         prepared = [sweep_file.prepare(spec, setting, None) for setting in spec["settings"]]
         sweep_file.check_budgets(path, prepared)
         keys = {sweep_file.request(splits, 0.1, 0, "test")["key"] for splits in prepared}
@@ -256,8 +258,9 @@ def test_the_figures_can_be_run():
 
 def test_committed_tables_are_those_of_their_runs():
     for path in sweep_file.FIGURES.glob("*.runs.json"):
-        found = sweep_table.load(path)
-        assert found["table"] == sweep_table.rows(found), path
+        found = json.loads(path.read_text())  # of an unfinished sweep: runs alone
+        if found["settings"]:
+            assert found["table"] == sweep_table.rows(found), path
 
 
 @pytest.mark.parametrize("change, message", [
