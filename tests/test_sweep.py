@@ -282,7 +282,7 @@ def test_a_wrong_file_is_told_in_one_line(folder, validation, capsys, change, me
 def test_other_mistakes_are_told_in_one_line(folder, validation, capsys, monkeypatch):
     """An unknown figure, a file that is not there, seeds that chose the rates, no JSON yet; a run
     that fails; no matplotlib, after the table."""
-    for given, message in ((["F99"], "F99: no such file or figure; the figures are DIRECTIONS, ES"),
+    for given, message in ((["F99"], "F99: no such file or figure; the figures are CURVE, DIR"),
                            (["nothing.json"], "nothing.json: no such file"),
                            (words(folder, "--first-seed", "101"), "rates are chosen on seeds 100"),
                            (words(folder, "--report"), "s.runs.json: no such file")):
