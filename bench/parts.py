@@ -8,7 +8,6 @@
     head   draws and log-probs with their gradient from 256 states, fast and plain, fp32 and bf16
 """
 from statistics import median
-from types import SimpleNamespace
 
 from common import SHAPES, limited, random_model, seconds, turns, wrapped
 from sides import Setup
@@ -113,17 +112,14 @@ def many(args):
 
 
 def head(args):
-    """The table of --model's size, random states."""
+    """Random states, --model's own table."""
     result = {}
-    size = transformer.load(find_model(args.model)).embed_tokens.weight.shape
     for dtype in (torch.float32, torch.bfloat16):
+        model = transformer.load(find_model(args.model), dtype)
         rng = np.random.RandomState(0)
-        W = torch.from_numpy(rng.standard_normal(size) / 20).to(dtype)
-        table = SimpleNamespace(embed_tokens=SimpleNamespace(weight=W), vocab=size[0],
-                                config=SimpleNamespace(tie_word_embeddings=True))
-        states = torch.from_numpy(rng.standard_normal((256, size[1]))).to(dtype)
-        target = torch.from_numpy(rng.randint(size[0], size=256))
-        logits = states @ W.T
+        states = torch.from_numpy(rng.standard_normal((256, model.config.hidden_size))).to(dtype)
+        target = torch.from_numpy(rng.randint(model.vocab, size=256))
+        logits = model.logits(states)
         uniform = torch.from_numpy(rng.random_sample(256))
 
         def both_ways(token_logps):
@@ -132,7 +128,7 @@ def head(args):
 
         def plain(hidden):
             def one(hidden):
-                logp = transformer.log_softmax(hidden @ W.T, 1.0)
+                logp = transformer.log_softmax(model.logits(hidden), 1.0)
                 return logp.gather(1, target[:, None])[:, 0]
             return checkpoint(one, hidden, use_reentrant=False)
 
@@ -140,7 +136,7 @@ def head(args):
                     drawn=lambda: seconds(lambda: fast_head.sample(logits, 1.0, uniform)),
                     plain_drawn=lambda: seconds(lambda: grpo.sample(logits, 1.0, uniform)),
                     learned=lambda: seconds(lambda: both_ways(
-                        lambda x: fast_head.token_logps(table, x, target, 1.0))),
+                        lambda x: fast_head.token_logps(model, x, target, 1.0))),
                     plain_learned=lambda: seconds(lambda: both_ways(plain)))
         ms = {side: 1000 * median(took for took, _ in x) for side, x in got.items()}
         result[str(dtype).removeprefix("torch.")] = {
