@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # rows, rows a group, tokens of a prompt and of a response, recompute
-SETTINGS = [(8, 4, 32, 16, False), (12, 1, 48, 16, False), (32, 8, 96, 32, True)]
+SETTINGS = [(12, 1, 48, 16, False), (8, 4, 32, 16, False), (32, 8, 96, 32, True)]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",
           "MALLOC_TOP_PAD_": "0", "OMP_NUM_THREADS": "1"}
 
