@@ -91,14 +91,16 @@ RESERVED = ("help", "model", "adapter", "task", "out", "eval-only", "resume", "c
             "method", "device", "samples", "eval-data")
 SHAPE = ("params", "u", "n-tie", "tie", "rank", "directions", "alpha")  # how many numbers there are
 TAKES = {"tinylora": SHAPE[:6], "lora-xs": SHAPE[4:6], "lora": ("rank", "alpha"), "full": ()}
-# Flags that mean nothing to an algorithm, or where nothing is trained.
-UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group", "sigma"),
-          "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
-                 "recompute", "cuda-graph"),
-          "grpo": ("sigma",)}
 TRAINING = ("algo", "sigma", "steps", "prompts", "group", "minibatches", "lr", "warmup",
             "temperature", "clip-low", "clip-high", "kl", "grad-clip", "reward", "eval-every",
             "v-dtype", *SHAPE, "save-every", "recompute", "tokens-per-micro-batch")
+# Flags that mean nothing to an algorithm, where nothing is trained, or where nothing is written.
+UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group", "sigma"),
+          "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
+                 "recompute", "cuda-graph"),
+          "grpo": ("sigma",),
+          "eval-only": (*TRAINING, "chat"),
+          "chat": (*TRAINING, "eval-data", "eval-count", "samples", "rollout-rows", "wandb", "out")}
 
 
 def parser(description, recipe):
@@ -166,14 +168,11 @@ def typed(cli, words, path=None):
 
 def check_given(given):
     """Flags that were given together and mean nothing together: refused, never ignored."""
-    algo = given.get("algo", "grpo")
-    for name in UNUSED[algo]:
-        if name in given:
-            raise InputError(f"--{name} means nothing to --algo {algo}: leave it out")
-    if "eval-only" in given:
-        for name in (*TRAINING, "chat"):
+    for mode in (given.get("algo", "grpo"), *given):
+        for name in UNUSED.get(mode, ()):
             if name in given:
-                raise InputError(f"--{name}: nothing is trained with --eval-only, leave one out")
+                mode = f"--{mode}" if mode in given else f"--algo {mode}"
+                raise InputError(f"--{name} means nothing to {mode}: leave it out")
 
 
 def check_out(out):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import ROOT, TOY, random_v, write_folder, tiny
+from helpers import ROOT, TOY, one_error, random_v, tiny, write_folder
 
 import fast
 import grpo
@@ -160,6 +160,13 @@ def test_no_data_is_fetched_for_two_questions(tmp_path, capsys, monkeypatch):
         assert train.main(["--chat", "--model", str(folder), "--device", "cpu", *flags]) == 0
         out = capsys.readouterr().out
         assert words in out and ("Questions like" in out) == bool(words)
+
+
+@pytest.mark.parametrize("flag", ["--steps 3", "--params 13", "--eval-data math500", "--out x",
+                                  "--eval-only", "--algo sft"])
+def test_flags_that_mean_nothing_to_a_chat(flag, capsys):
+    assert train.main(["--chat", *flag.split()]) == 2
+    one_error(capsys, "leave it out")
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path, capsys, monkeypatch):

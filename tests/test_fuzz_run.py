@@ -125,9 +125,8 @@ def model_case(rng, good, root):
         path.write_bytes(damaged(rng, name, path.read_bytes()))
     how = rng.choice([["--eval-only", "--eval-count=2", "--max-new-tokens=4"], SMALL, ["--chat"]])
     data = [] if name == "tinylora.json" and how != ["--chat"] else ["--data", str(TOY)]
-    extra = ["--max-new-tokens=4"] if how == ["--chat"] else []
-    return train.main, [*how, *extra, "--model", str(good), *data, "--out", str(root / "out")], \
-        rng.choice(LINES)
+    new = ["--max-new-tokens=4"] if how == ["--chat"] else ["--out", str(root / "out")]
+    return train.main, [*how, *new, "--model", str(good), *data], rng.choice(LINES)
 
 
 def adapter_case(rng, good, root):
