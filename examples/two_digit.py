@@ -22,11 +22,13 @@ def load(data, eval_only):
     if data != "gsm8k":  # the flag's default
         raise InputError(f"--data {data}: this task has no other data than its own")
     rng = np.random.RandomState(0)
+    phrasings = arithmetic.PHRASINGS["add"]["train"]
+    lists = arithmetic.NAMES, arithmetic.THINGS
     problems = {}
     while len(problems) < 300:
-        phrasing = arithmetic.PHRASINGS["add"][0][len(problems) % 4]
+        phrasing = phrasings[len(problems) % len(phrasings)]
         a, b = rng.randint(10, 100, 2).tolist()
-        name, things = (words[0][rng.randint(4)] for words in (arithmetic.NAMES, arithmetic.THINGS))
+        name, things = (words["train"][rng.randint(4)] for words in lists)
         question = phrasing.format(a=a, b=b, name=name, things=things)
         problems[question] = {"question": question, "answer": str(a + b),
                               "solution": f"#### {a + b}"}

@@ -95,7 +95,8 @@ def seeds_table():
 def paired(name, file):
     """Cells of what tools/compare.py wrote of a run: greedy, T = 1."""
     lines = (ROOT / "results" / name / file).read_text().splitlines()
-    return [f"{c['before']:.3f}, {c['after']:.3f} ({c['p']:.0e})" for c in map(json.loads, lines)]
+    return [f"{c['before']:.3f}, {c['after']:.3f} ({c['p']:{'.2f' if c['p'] >= 0.01 else '.0e'}})"
+            for c in map(json.loads, lines)]
 
 
 def forgetting_table():
@@ -137,6 +138,24 @@ def controls_table():
                   "format, T = 1: from, to"), rows)
 
 
+def thirteen_table():
+    """Every attempt at 13 numbers in results/thirteen/: what its flags change in the first one."""
+    folders = sorted(path.parent for path in (ROOT / "results" / "thirteen").glob("*/config.json"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    names = flags.TRAINING
+    rows = []
+    for folder, config in zip(folders, configs):
+        changed = [f"--{name} {config[key]}" for name in ("seed", *names)
+                   for key in [name.replace("-", "_")] if config[key] != configs[0][key]]
+        s = json.loads((folder / "summary.json").read_text())
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        cells = paired(f"thirteen/{folder.name}", "test.jsonl")
+        rows.append((f"`{' '.join(changed)}`" if changed else "the command below", s["params"],
+                     *cells, f"{last['v_norm']:.2f}", f"{last['entropy']:.2f}"))
+    return table(("attempt", "numbers", "greedy: from, to (p)", "T = 1: from, to (p)",
+                  "length of v", "entropy at the end"), rows)
+
+
 def smollm2_table():
     s = RUNS["smollm2-mawps"]
     checked = json.loads((ROOT / "results/smollm2-mawps/check_base.json").read_text())
@@ -173,6 +192,7 @@ if ARITHMETIC:
     GENERATED["arithmetic"] = arithmetic_table
     GENERATED["controls"] = controls_table
     GENERATED["forgetting"] = forgetting_table
+    GENERATED["thirteen"] = thirteen_table
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)

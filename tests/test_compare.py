@@ -83,7 +83,7 @@ def arithmetic():
 
 def test_arithmetic_has_right_answers_and_splits_that_share_nothing(arithmetic):
     splits = {name: arithmetic.questions(name) for name in arithmetic.SPLITS}
-    assert {len(problems) for problems in splits.values()} == {782, 120, 449, 450}
+    assert {len(problems) for problems in splits.values()} == {1691, 126, 449, 450}
     compute = {"add": lambda a, b: a + b, "multiply": lambda a, b: a * b,
                "subtract": lambda a, b: (a + b) - a}
     for name, problems in splits.items():
@@ -96,6 +96,8 @@ def test_arithmetic_has_right_answers_and_splits_that_share_nothing(arithmetic):
     for one, other in itertools.combinations(splits, 2):
         for what in (lambda p: p["question"], lambda p: tuple(sorted(p["numbers"]))):
             assert not {what(p) for p in splits[one]} & {what(p) for p in splits[other]}
+        for words in (*arithmetic.PHRASINGS.values(), arithmetic.NAMES, arithmetic.THINGS):
+            assert not set(words[one]) & set(words[other])
 
 
 def test_arithmetic_refuses_a_split_it_does_not_have(arithmetic):
