@@ -4,7 +4,6 @@ On a decaying 18944 x 3584 weight this is some 60 times faster than torch.linalg
 torch.svd_lowrank: on noise its singular values are 0.5% low even after 32 iterations.)
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -101,11 +100,8 @@ def svd(weights, rank):
         return
     before = torch.get_num_threads()
     workers = min(max(before, threads.workers), THREADS)
-    # the initializer, because LAPACK asks the thread that calls it
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         torch.set_num_threads(1)
-        yield from pool.map(lambda W: truncated_svd(W, rank), weights)
+        yield from threads.side_by_side(lambda W: truncated_svd(W, rank), weights, workers)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)

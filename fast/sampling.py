@@ -13,6 +13,7 @@ from fast.head import sample
 from fast.packed import hold
 from fast.passes import Prompts, prefill
 from model import upcast
+from support import threads
 
 SHRINK = 0.75  # rows are dropped when fewer than this part of them go on: dropping copies the cache
 
@@ -40,26 +41,33 @@ class Decoder:
 fitting = float("inf")  # rows at once: lowered when memory ran out, for the rest of the run
 
 
+@torch.no_grad()
 def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise=None,
              progress=None, values=None):
     """As grpo.generate. values (P, ties, u): a v of its own for every prompt (methods/es.py).
 
-    When memory runs out, it begins anew with half as many prompts at once; no row's text changes.
+    On a CPU parts of the prompts are computed side by side (support/threads.py). When memory runs
+    out, it begins anew with half as many prompts at once. No row's text changes.
     """
     global fitting
     device = model.embed_tokens.weight.device
     noise = grpo.noise_tensor(noise, (len(prompts) * group, max_new_tokens), temperature, device)
+    held = hold(model) if values is None else None
     while True:
         size = max(1, int(min(len(prompts) * group, fitting)) // group)  # prompts
-        parts = []
+        size = min(size, -(-len(prompts) // threads.parts))
+        report = added_up(progress)
+
+        def part(start):
+            some = slice(start, start + size)
+            rows = slice(start * group, (start + size) * group)
+            return sample_rows(
+                model, held, prompts[some], group, max_new_tokens, stop_ids, temperature,
+                None if noise is None else noise[rows], report(start),
+                None if values is None else values[some])
         try:
-            for start in range(0, len(prompts), size):
-                part = slice(start, start + size)
-                rows = slice(start * group, (start + size) * group)
-                parts.append(sample_rows(
-                    model, prompts[part], group, max_new_tokens, stop_ids, temperature,
-                    None if noise is None else noise[rows], progress,
-                    None if values is None else values[part]))
+            starts = range(0, len(prompts), size)
+            parts = list(threads.side_by_side(part, starts, threads.workers))
             return grpo.Rollout.join(parts) if len(parts) > 1 else parts[0]
         except torch.OutOfMemoryError:
             if size == 1:
@@ -69,10 +77,22 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
         torch.cuda.empty_cache()
 
 
+def added_up(progress):
+    """report(part): a `progress` for each of several parts, which tells of all their rows."""
+    ended = {}
+
+    def report(part):
+        def note(tokens, number):
+            ended[part] = number
+            progress(tokens, sum(ended.values()))
+        return note if progress else None
+    return report
+
+
 @torch.no_grad()
-def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, noise, progress,
-                values):
-    """generate, all rows at once."""
+def sample_rows(model, held, prompts, group, max_new_tokens, stop_ids, temperature, noise,
+                progress, values):
+    """generate, all rows at once. held: the layers with their v, where all rows have one."""
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
     stops = torch.tensor(sorted(stop_ids), device=device)
@@ -87,7 +107,7 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
     else:
         texts, hidden = prefill(model, prompts, project)
         decoder = graph.decoder(model, texts, group, max_new_tokens)
-        decoder = decoder or Decoder(model, hold(model), texts, group, max_new_tokens)
+        decoder = decoder or Decoder(model, held, texts, group, max_new_tokens)
     hidden = hidden.repeat_interleave(group, 0)  # (B, C)
 
     ids = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -109,7 +129,7 @@ def sample_rows(model, prompts, group, max_new_tokens, stop_ids, temperature, no
             left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep
             if progress:
                 progress(t + 1, B - len(left))
-            if len(left) == 0:
+            if len(left) == 0 or threads.stopping.is_set():
                 break
             if len(left) < SHRINK * len(rows):
                 rows = rows[left]

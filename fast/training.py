@@ -1,9 +1,10 @@
 """Training: the numbers of grpo.logprobs and grpo.accumulate, sooner.
 
 One pass over the prompts, each once for all the rows that have it, and one over the responses,
-which read their prompt's keys. Micro-batches of small models are computed side by side.
+which read their prompt's keys. On a CPU micro-batches are computed side by side
+(support/threads.py).
 """
-from concurrent.futures import ThreadPoolExecutor
+import math
 
 import torch
 
@@ -66,19 +67,14 @@ def micro_batches(rollout, rows, tokens):
         yield batch
 
 
-def side_by_side(function, items):
-    """map(function, items), with as many calls at once as the machine has cores for a small model.
-
-    Results come in order. After an error, or Ctrl-C, what has not begun is not begun.
-    """
-    if threads.workers == 1 or len(items) < 2:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads.workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def share(rollout, rows):
+    """Tokens a micro-batch, so that there are threads.parts of them; a fifth more than their mean,
+    or groups that do not split evenly would leave a small part over."""
+    if threads.parts == 1:
+        return math.inf
+    prompts = {tuple(rollout.prompts[row]) for row in rows}
+    total = sum(map(len, prompts)) + int(rollout.mask[rows].sum())
+    return math.ceil(1.2 * total / threads.parts)
 
 
 fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run
@@ -87,11 +83,13 @@ fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for
 def accumulate(part, rollout, index, budget):
     """As grpo.accumulate. When memory runs out, it begins anew with micro-batches half as large."""
     global fitting
+    budget = min(budget, share(rollout, index))
     while True:
         batches = list(micro_batches(rollout, index, min(budget, fitting)))
         total = None
         try:
-            for parts in side_by_side(lambda batch: part(rollout.rows(batch)), batches):
+            for parts in threads.side_by_side(lambda batch: part(rollout.rows(batch)), batches,
+                                              threads.workers):
                 total = parts if total is None else [x + y for x, y in zip(total, parts)]
             return total
         except torch.OutOfMemoryError:

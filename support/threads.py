@@ -1,28 +1,65 @@
-"""How many threads a small model gets on a CPU.
+"""How many threads a model gets on a CPU, and what is computed side by side.
 
 torch's threads wait for each other in every product. In a small model the products are so short
 that one busy core makes all of them late: a toy step then takes four times as long, and on many
 cores more threads are slower even on an idle machine. So a small model gets one thread inside
-torch; the fast engine computes the micro-batches of an update side by side instead. What was
-measured is in docs/efficiency.md.
+torch; the fast engine computes the micro-batches of an update side by side instead. With a model of
+middle size it cuts rollouts and updates into two parts, each with half of the threads: what is too
+small to be shared out within torch then has all cores, too. What was measured is in
+docs/efficiency.md.
 """
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 SMALL = 20_000_000  # parameters; the toy has 0.9 million, SmolLM2 135 million
+LARGE = 1_000_000_000  # from here on, a second reading of the weights costs more than is gained
+PARTS = 2  # the same on every machine, for a part's rows round as its size has it
 
-workers = 1  # micro-batches that the fast engine computes at once; set by choose_threads
+parts = 1  # into which the fast engine cuts a rollout, and an update at least
+workers = 1  # parts, or micro-batches of an update, that it computes at once
+stopping = threading.Event()  # set where side_by_side ends early: what runs need not go on
 
 
 def choose_threads(model, device):
     """Decide once, at the start of a run. The user's (or torchrun's) OMP_NUM_THREADS stays."""
-    global workers
+    global parts, workers
+    parts = 1
     workers = 1
-    small = sum(p.numel() for p in model.parameters()) < SMALL
-    if small and not str(device).startswith("cuda") and "OMP_NUM_THREADS" not in os.environ:
+    numbers = sum(p.numel() for p in model.parameters())
+    if str(device).startswith("cuda") or numbers >= LARGE:
+        return
+    if numbers >= SMALL:
+        parts = PARTS
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    workers = usable_cores()
+    if numbers >= SMALL:
+        workers = min(workers, PARTS)
+    else:
         torch.set_num_threads(1)
-        workers = usable_cores()
+
+
+def side_by_side(function, items, workers):
+    """map(function, items), `workers` calls at once, which share torch's threads.
+
+    Results come in order. After an error, or Ctrl-C, what has not begun is not begun.
+    """
+    if workers == 1 or len(items) < 2:
+        yield from map(function, items)
+        return
+    each = max(1, torch.get_num_threads() // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        yield from pool.map(function, items)
+    except BaseException:
+        stopping.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        stopping.clear()
 
 
 def usable_cores():

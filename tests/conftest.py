@@ -32,6 +32,7 @@ torch.set_num_threads(1)
 def as_before(monkeypatch):
     """Thread counts and what memory allowed are one test's, not the next one's."""
     monkeypatch.setattr(threads, "workers", 1)
+    monkeypatch.setattr(threads, "parts", 1)
     monkeypatch.setattr(training, "fitting", float("inf"))
     monkeypatch.setattr(sampling, "fitting", float("inf"))
     before = torch.get_num_threads()

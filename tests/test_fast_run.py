@@ -1,6 +1,5 @@
-"""What fast/ does around the numbers: micro-batches, threads, the self-test; and the SVD."""
+"""What fast/ does around the numbers: micro-batches, memory, the self-test; and the SVD."""
 import math
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,58 +123,6 @@ def test_out_of_memory_halves_the_rows_of_a_rollout_and_changes_nothing(monkeypa
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         rollout(model, prompts, group=3, engine=fast)
-
-
-# ------------------------------------------------------------------------------------- threads
-
-def test_map_keeps_order_and_starts_no_more_than_it_may():
-    threads.workers = 2
-    running = []
-    most = []
-    lock = threading.Lock()
-    pause = threading.Event()
-
-    def work(i):
-        with lock:
-            running.append(i)
-            most.append(len(running))
-        assert torch.is_grad_enabled() and torch.get_num_threads() == 1
-        pause.wait(0.02 if i % 2 else 0.001)
-        with lock:
-            running.remove(i)
-        return i * i
-    assert list(training.side_by_side(work, list(range(9)))) == [i * i for i in range(9)]
-    assert max(most) == 2
-
-
-def test_an_error_ends_the_map():
-    threads.workers = 2
-    begun = []
-
-    def work(i):
-        begun.append(i)
-        if i == 1:
-            raise InputError("no")
-        threading.Event().wait(0.01)
-    with pytest.raises(InputError, match="no"):
-        list(training.side_by_side(work, list(range(50))))
-    assert len(begun) < 50
-
-
-def test_the_rule_for_threads(monkeypatch):
-    """Small models on a CPU: one thread inside torch, a worker a core; unless the user decides."""
-    monkeypatch.setattr(threads, "usable_cores", lambda: 3)
-    model = tiny()
-    for environment, device, small, want in (({}, "cpu", 10**9, (1, 3)), ({}, "cpu", 10, (2, 1)),
-                                             ({}, "cuda:0", 10**9, (2, 1)),
-                                             ({"OMP_NUM_THREADS": "2"}, "cpu", 10**9, (2, 1))):
-        monkeypatch.setattr(threads, "SMALL", small)
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        torch.set_num_threads(2)
-        threads.choose_threads(model, device)
-        assert (torch.get_num_threads(), threads.workers) == want
 
 
 # -------------------------------------------------------------------------------------- check
