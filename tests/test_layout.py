@@ -229,6 +229,11 @@ def test_the_search_for_crowded_lines_finds_them(text):
     assert bool(list(crowded_lines(ast.parse(text)))) == (text in CROWDED)
 
 
+def test_every_test_file_is_in_the_list():
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    assert not [f.name for f in (ROOT / "tests").glob("test_*.py") if f"({f.name})" not in text]
+
+
 def test_every_bug_of_the_list_has_its_test():
     """A test renamed or dropped, and the list in README.md still names it."""
     rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$",
