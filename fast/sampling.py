@@ -56,18 +56,20 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     while True:
         size = max(1, int(min(len(prompts) * group, fitting)) // group)  # prompts
         size = min(size, -(-len(prompts) // threads.parts))
-        report = added_up(progress)
-
-        def part(start):
-            some = slice(start, start + size)
-            rows = slice(start * group, (start + size) * group)
-            return sample_rows(
-                model, held, prompts[some], group, max_new_tokens, stop_ids, temperature,
-                None if noise is None else noise[rows], report(start),
-                None if values is None else values[some])
+        places = [slice(i, i + size) for i in range(0, len(prompts), size)]
         try:
-            starts = range(0, len(prompts), size)
-            parts = list(threads.side_by_side(part, starts, threads.workers))
+            if values is not None:  # one after the other: R of many v's is computed by writing to v
+                helds = [HeldMany(model, values[place]) for place in places]
+            else:
+                helds = [held] * len(places)
+            report = added_up(progress, len(places))
+
+            def part(i):
+                rows = slice(places[i].start * group, places[i].stop * group)
+                return sample_rows(
+                    model, helds[i], prompts[places[i]], group, max_new_tokens, stop_ids,
+                    temperature, None if noise is None else noise[rows], report(i))
+            parts = list(threads.side_by_side(part, range(len(places)), threads.workers))
             return grpo.Rollout.join(parts) if len(parts) > 1 else parts[0]
         except torch.OutOfMemoryError:
             if size == 1:
@@ -77,29 +79,29 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
         torch.cuda.empty_cache()
 
 
-def added_up(progress):
-    """report(part): a `progress` for each of several parts, which tells of all their rows."""
-    ended = {}
+def added_up(progress, parts):
+    """report(i): a `progress` for part i; told on are the fewest tokens and all ended rows."""
+    seen = {i: (0, 0) for i in range(parts)}
 
-    def report(part):
-        def note(tokens, number):
-            ended[part] = number
-            progress(tokens, sum(ended.values()))
+    def report(i):
+        def note(tokens, ended):
+            seen[i] = tokens, ended
+            fewest, _ = map(min, zip(*seen.values()))
+            progress(fewest, sum(ended for _, ended in seen.values()))
         return note if progress else None
     return report
 
 
 @torch.no_grad()
 def sample_rows(model, held, prompts, group, max_new_tokens, stop_ids, temperature, noise,
-                progress, values):
-    """generate, all rows at once. held: the layers with their v, where all rows have one."""
+                progress):
+    """generate, all rows at once. held: the layers with their v, or with that of each prompt."""
     device = model.embed_tokens.weight.device
     B = len(prompts) * group
     stops = torch.tensor(sorted(stop_ids), device=device)
 
-    if values is not None:
+    if isinstance(held, HeldMany):
         texts = Prompts(prompts, device)  # no start in common: every prompt has another v
-        held = HeldMany(model, values)
         held.which = texts.own.place // texts.T  # (N,): the prompt of each token
         hidden = texts.states(model, held.project)
         held.which = torch.arange(B, device=device) // group
@@ -129,7 +131,7 @@ def sample_rows(model, held, prompts, group, max_new_tokens, stop_ids, temperatu
             left = (~done).nonzero()[:, 0]  # the host waits for the device here and in keep
             if progress:
                 progress(t + 1, B - len(left))
-            if len(left) == 0 or threads.stopping.is_set():
+            if len(left) == 0 or threads.unwanted():
                 break
             if len(left) < SHRINK * len(rows):
                 rows = rows[left]

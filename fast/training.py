@@ -14,6 +14,8 @@ from fast.head import token_logps
 from fast.passes import Responses, prefill, to_grid
 from support import threads
 
+FEW = 256  # tokens, below which a micro-batch is not cut for the sake of another core
+
 
 def logprobs(model, rollout, recompute=False):
     """As grpo.logprobs: (B, T), 0 where masked."""
@@ -68,13 +70,15 @@ def micro_batches(rollout, rows, tokens):
 
 
 def share(rollout, rows):
-    """Tokens a micro-batch, so that there are threads.parts of them; a fifth more than their mean,
-    or groups that do not split evenly would leave a small part over."""
+    """Tokens a micro-batch, so that there are threads.parts of them, but not of few tokens each."""
     if threads.parts == 1:
         return math.inf
     prompts = {tuple(rollout.prompts[row]) for row in rows}
     total = sum(map(len, prompts)) + int(rollout.mask[rows].sum())
-    return math.ceil(1.2 * total / threads.parts)
+    size = max(FEW, total / threads.parts)
+    while len(list(micro_batches(rollout, rows, size))) > threads.parts:
+        size *= 1.05  # a split group's prompt counts twice, and rows are not cut
+    return size
 
 
 fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run

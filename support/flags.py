@@ -99,7 +99,7 @@ UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group
           "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
                  "recompute", "cuda-graph"),
           "grpo": ("sigma",),
-          "eval-only": (*TRAINING, "chat"),
+          "eval-only": (*TRAINING, "chat", "wandb"),
           "chat": (*TRAINING, "eval-data", "eval-count", "samples", "rollout-rows", "wandb", "out")}
 
 

@@ -5,22 +5,24 @@ that one busy core makes all of them late: a toy step then takes four times as l
 cores more threads are slower even on an idle machine. So a small model gets one thread inside
 torch; the fast engine computes the micro-batches of an update side by side instead. With a model of
 middle size it cuts rollouts and updates into two parts, each with half of the threads: what is too
-small to be shared out within torch then has all cores, too. What was measured is in
-docs/efficiency.md.
+small to be shared out within torch then has all cores, too. See docs/efficiency.md.
 """
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from support import ranks
+
 SMALL = 20_000_000  # parameters; the toy has 0.9 million, SmolLM2 135 million
 LARGE = 1_000_000_000  # from here on, a second reading of the weights costs more than is gained
-PARTS = 2  # the same on every machine, for a part's rows round as its size has it
+PARTS = 2  # the same on every machine: a row's rounding depends on how many are beside it
 
 parts = 1  # into which the fast engine cuts a rollout, and an update at least
 workers = 1  # parts, or micro-batches of an update, that it computes at once
-stopping = threading.Event()  # set where side_by_side ends early: what runs need not go on
+local = threading.local()  # .over: the Event of the pool that this thread belongs to
 
 
 def choose_threads(model, device):
@@ -33,7 +35,7 @@ def choose_threads(model, device):
         return
     if numbers >= SMALL:
         parts = PARTS
-    if "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ or ranks.sharded:  # two threads' sums might cross
         return
     workers = usable_cores()
     if numbers >= SMALL:
@@ -45,21 +47,35 @@ def choose_threads(model, device):
 def side_by_side(function, items, workers):
     """map(function, items), `workers` calls at once, which share torch's threads.
 
-    Results come in order. After an error, or Ctrl-C, what has not begun is not begun.
+    Results come in order, and few wait to be taken: each may be large. After an error, or Ctrl-C,
+    what has not begun is not begun, and unwanted() is true for what runs.
     """
     if workers == 1 or len(items) < 2:
         yield from map(function, items)
         return
+    over = threading.Event()
     each = max(1, torch.get_num_threads() // workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+
+    def begin():
+        torch.set_num_threads(each)
+        local.over = over
+    pool = ThreadPoolExecutor(workers, initializer=begin)
+    calls = deque()
     try:
-        yield from pool.map(function, items)
-    except BaseException:
-        stopping.set()
-        raise
+        for item in items:
+            calls.append(pool.submit(function, item))
+            if len(calls) > workers:
+                yield calls.popleft().result()
+        while calls:
+            yield calls.popleft().result()
     finally:
+        over.set()
         pool.shutdown(cancel_futures=True)
-        stopping.clear()
+
+
+def unwanted():
+    """Whether nobody waits any more for what this thread computes."""
+    return hasattr(local, "over") and local.over.is_set()
 
 
 def usable_cores():

@@ -1,5 +1,6 @@
 """The tables of README.md and docs/, derived from results/ and from the flags; see test_docs.py."""
 import json
+import math
 import re
 import textwrap
 from statistics import median
@@ -142,16 +143,16 @@ def thirteen_table():
     """Every attempt at 13 numbers in results/thirteen/: what its flags change in the first one."""
     folders = sorted(path.parent for path in (ROOT / "results" / "thirteen").glob("*/config.json"))
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
-    names = flags.TRAINING
+    names = ("seed", "method", *flags.TRAINING, "max-new-tokens")
     rows = []
     for folder, config in zip(folders, configs):
-        changed = [f"--{name} {config[key]}" for name in ("seed", *names)
+        changed = [f"--{name} {config[key]}" for name in names
                    for key in [name.replace("-", "_")] if config[key] != configs[0][key]]
         s = json.loads((folder / "summary.json").read_text())
         last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
         cells = paired(f"thirteen/{folder.name}", "test.jsonl")
         rows.append((f"`{' '.join(changed)}`" if changed else "the command below", s["params"],
-                     *cells, f"{last['v_norm']:.2f}", f"{last['entropy']:.2f}"))
+                     *cells, f"{last['v_norm']:.2f}", f"{last.get('entropy', math.nan):.2f}"))
     return table(("attempt", "numbers", "greedy: from, to (p)", "T = 1: from, to (p)",
                   "length of v", "entropy at the end"), rows)
 

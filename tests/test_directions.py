@@ -131,7 +131,8 @@ def test_flags(tmp_path, capsys):
                             "--directions means nothing to --method lora"),
                            (["--directions", "top", "--method", "full"],
                             "--directions means nothing to --method full"),
-                           (["--directions", "top", "--eval-only"], "nothing is trained")):
+                           (["--directions", "top", "--eval-only"],
+                            "--directions means nothing to --eval-only")):
         assert train.main([*words, "--out", str(tmp_path / "none")]) == 2
         one_error(capsys, message)
     adapters = {}

@@ -20,7 +20,7 @@ from tools.probe import Model
 def test_counted_memory_is_what_a_cpu_measures(smollm2):
     """Peaks of sampling and of an update within 10%, on SmolLM2; docs/gpu.md has three settings.
 
-    The first is tried here: in the second, 2 MB that nothing counts are 12% of sampling's peak.
+    The first is tried here: in the second, 2 MB that nothing counts are 11% of sampling's peak.
     """
     layout, folder = smollm2
     if layout == "llama":

@@ -4,13 +4,14 @@ import threading
 import pytest
 import torch
 
-from helpers import rollout, tiny
+from helpers import random_v, rollout, tiny
 from test_fast_run import batch, gradient
 
 import fast
 import grpo
-from fast import sampling
-from support import threads
+import tinylora
+from fast import sampling, training
+from support import ranks, threads
 from support.errors import InputError
 
 
@@ -65,6 +66,10 @@ def test_the_rule_for_threads(monkeypatch):
         torch.set_num_threads(4)
         threads.choose_threads(model, device)
         assert (torch.get_num_threads(), threads.parts, threads.workers) == want
+    monkeypatch.setattr(ranks, "sharded", True)  # their sums must come in one order
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.choose_threads(model, "cpu")
+    assert threads.workers == 1
 
 
 def test_side_by_side_shares_out_torchs_threads():
@@ -87,11 +92,27 @@ def test_a_rollout_in_parts_is_the_whole_one():
 
 def test_progress_tells_of_the_rows_of_all_parts():
     told = []
-    report = sampling.added_up(lambda *what: told.append(what))
-    for part, tokens, ended in ((0, 8, 2), (5, 8, 1), (0, 16, 3)):
+    report = sampling.added_up(lambda *what: told.append(what), 2)
+    for part, tokens, ended in ((0, 8, 2), (1, 4, 1), (0, 16, 3)):
         report(part)(tokens, ended)
-    assert told == [(8, 2), (8, 3), (16, 4)]
-    assert sampling.added_up(None)(0) is None
+    assert told == [(0, 2), (4, 3), (4, 4)]
+    assert sampling.added_up(None, 2)(0) is None
+
+
+def test_parts_with_a_v_for_every_prompt(monkeypatch):
+    """R was computed by writing to the one v of the model, in two threads at once."""
+    model = tiny(dtype=torch.float64)
+    v = tinylora.adapt(model, 5)
+    random_v(v, 0.05)
+    kept = v.detach().clone()
+    values = torch.randn(8, *v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+    prompts = [[i + 1, i + 2] for i in range(8)]
+    want = rollout(model, prompts, group=1, engine=fast, values=values)
+    for threads.parts, threads.workers in ((2, 1), (2, 2), (4, 4)):
+        for _ in range(5):
+            got = rollout(model, prompts, group=1, engine=fast, values=values)
+            assert torch.equal(got.ids, want.ids) and torch.equal(v, kept)
+            torch.testing.assert_close(got.logp, want.logp, rtol=1e-10, atol=1e-10)
 
 
 def test_an_update_is_cut_into_parts(monkeypatch):
@@ -104,6 +125,7 @@ def test_an_update_is_cut_into_parts(monkeypatch):
         sizes.append(len(part.prompts))
         return real(model, part, recompute)
     monkeypatch.setattr(fast, "logprobs", seen)
+    monkeypatch.setattr(training, "FEW", 8)
     for threads.parts, count in ((1, 1), (2, 2)):
         sizes.clear()
         got = gradient(model, v, data, args)
@@ -133,4 +155,4 @@ def test_sampling_that_is_not_waited_for_ends_early(monkeypatch):
         fast.generate(model, [[1], [2]], 1, 2000, [-1], 1.0,
                       grpo.uniforms([[0, i] for i in range(2)], 2000))
     assert len(lengths) == 1 and lengths[0] < 2000
-    assert not threads.stopping.is_set()
+    assert not threads.unwanted()
