@@ -17,7 +17,7 @@ import torch
 from support import ranks
 
 SMALL = 20_000_000  # parameters; the toy has 0.9 million, SmolLM2 135 million
-LARGE = 1_000_000_000  # from here on, a second reading of the weights costs more than is gained
+LARGE = 1_000_000_000  # above, reading the weights twice may cost more than it gains: not tried
 PARTS = 2  # the same on every machine: a row's rounding depends on how many are beside it
 
 parts = 1  # into which the fast engine cuts a rollout, and an update at least
