@@ -72,8 +72,8 @@ def real():
         low, high = (percent(f(run[key] for run in runs)) for f in (min, max))
         return low if low == high else f"{low} to {high}"
     text = (
-        f"**A model that nobody here made**, SmolLM2-135M-Instruct (its weights unpacked from a 4-bit "
-        f"file), learns arithmetic by "
+        f"**A model that nobody here made**, SmolLM2-135M-Instruct (its weights unpacked from a "
+        f"4-bit file), learns arithmetic by "
         f"**{s['params']} numbers, {s['adapter_bytes']:,} bytes**. Of {s['eval_count']} questions "
         f"with unseen pairs of numbers and unseen phrasings, {span('base_lenient')} get the right "
         f"last number before and {span('final_lenient')} after, greedy "
