@@ -8,8 +8,8 @@ are the phrasings, the names and the things in the stories.
 
     --data       evaluated on
     (none)       the test questions
-    validation   questions to choose a learning rate by: what the test asks for, a gain that
-                 unseen phrasings share, is chosen by phrasings that neither training nor test has
+    validation   questions to choose a learning rate by, in phrasings of their own: those of the
+                 training would not show whether what is learned carries over to others
     confirmation to be looked at once, at the end
 """
 import numpy as np

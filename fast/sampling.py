@@ -52,16 +52,15 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     global fitting
     device = model.embed_tokens.weight.device
     noise = grpo.noise_tensor(noise, (len(prompts) * group, max_new_tokens), temperature, device)
-    held = hold(model) if values is None else None
     while True:
         size = max(1, int(min(len(prompts) * group, fitting)) // group)  # prompts
         size = min(size, -(-len(prompts) // threads.parts))
         places = [slice(i, i + size) for i in range(0, len(prompts), size)]
         try:
-            if values is not None:  # one after the other: R of many v's is computed by writing to v
+            if values is None:
+                helds = [hold(model)] * len(places)
+            else:  # one after the other: R of many v's is computed by writing to v
                 helds = [HeldMany(model, values[place]) for place in places]
-            else:
-                helds = [held] * len(places)
             report = added_up(progress, len(places))
 
             def part(i):
@@ -92,7 +91,7 @@ def added_up(progress, parts):
     return report
 
 
-@torch.no_grad()
+@torch.no_grad()  # again: side_by_side's threads do not know of generate's
 def sample_rows(model, held, prompts, group, max_new_tokens, stop_ids, temperature, noise,
                 progress):
     """generate, all rows at once. held: the layers with their v, or with that of each prompt."""

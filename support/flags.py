@@ -171,8 +171,8 @@ def check_given(given):
     for mode in (given.get("algo", "grpo"), *given):
         for name in UNUSED.get(mode, ()):
             if name in given:
-                mode = f"--{mode}" if mode in given else f"--algo {mode}"
-                raise InputError(f"--{name} means nothing to {mode}: leave it out")
+                flag = f"--{mode}" if mode in given else f"--algo {mode}"
+                raise InputError(f"--{name} means nothing to {flag}: leave it out")
 
 
 def check_out(out):

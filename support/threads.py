@@ -33,14 +33,12 @@ def choose_threads(model, device):
     numbers = sum(p.numel() for p in model.parameters())
     if str(device).startswith("cuda") or numbers >= LARGE:
         return
-    if numbers >= SMALL:
-        parts = PARTS
+    small = numbers < SMALL
+    parts = 1 if small else PARTS
     if "OMP_NUM_THREADS" in os.environ or ranks.sharded:  # two threads' sums might cross
         return
-    workers = usable_cores()
-    if numbers >= SMALL:
-        workers = min(workers, PARTS)
-    else:
+    workers = usable_cores() if small else min(usable_cores(), PARTS)
+    if small:
         torch.set_num_threads(1)
 
 
@@ -57,7 +55,7 @@ def side_by_side(function, items, workers):
     each = max(1, torch.get_num_threads() // workers)
 
     def begin():
-        torch.set_num_threads(each)
+        torch.set_num_threads(each)  # a thread's own: LAPACK, too, asks the one that calls it
         local.over = over
     pool = ThreadPoolExecutor(workers, initializer=begin)
     calls = deque()

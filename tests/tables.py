@@ -145,10 +145,11 @@ def thirteen_table():
     folders = sorted(path.parent for path in (ROOT / "results" / "thirteen").glob("*/config.json"))
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     names = ("seed", "method", *flags.TRAINING, "max-new-tokens")
+    keys = {name: name.replace("-", "_") for name in names}
     rows = []
     for folder, config in zip(folders, configs):
-        changed = [f"--{name} {config[key]}" for name in names
-                   for key in [name.replace("-", "_")] if config[key] != configs[0][key]]
+        changed = [f"--{name} {config[key]}" for name, key in keys.items()
+                   if config[key] != configs[0][key]]
         s = json.loads((folder / "summary.json").read_text())
         last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
         cells = paired(f"thirteen/{folder.name}", "test.jsonl")

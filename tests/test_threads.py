@@ -99,7 +99,7 @@ def test_progress_tells_of_the_rows_of_all_parts():
     assert sampling.added_up(None, 2)(0) is None
 
 
-def test_parts_with_a_v_for_every_prompt(monkeypatch):
+def test_parts_with_a_v_for_every_prompt():
     """R was computed by writing to the one v of the model, in two threads at once."""
     model = tiny(dtype=torch.float64)
     v = tinylora.adapt(model, 5)
