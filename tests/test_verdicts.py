@@ -1,7 +1,10 @@
 """verdicts.py: the rules of the verdict table, on sweeps made up here."""
+import json
+
 import pytest
 
 import verdicts
+from helpers import ROOT
 
 BASE = {"greedy": 0.1, "T = 1": 0.3}
 SIZES = ("TinyLoRA, 1", "TinyLoRA, 4", "TinyLoRA, 13", "TinyLoRA, 28", "TinyLoRA, 112")
@@ -86,7 +89,32 @@ def test_readme_has_what_is_measured(monkeypatch):
     documents = {"F1": sweep(F1 | {"TinyLoRA, 13": (0.6, 0.4)})}
     monkeypatch.setattr(verdicts, "document", documents.get)
     assert verdicts.lines().splitlines() == [
-        "- 13 numbers have most of what RL on all weights gains: **holds greedy, not sampled**.",
-        "- more numbers, more gain: **holds greedy, not sampled**.",
-        "- LoRA of rank 1 gains what all weights gain: **holds**.",
-        "- the gain is not answer format: **holds**."]
+        "- **holds greedy, not sampled**: 13 numbers have most of what RL on all weights gains; "
+        "more numbers,", "  more gain.",
+        "- **holds**: LoRA of rank 1 gains what all weights gain; the gain is not answer format."]
+
+
+@pytest.mark.parametrize("greedy, sampled, verdict", [
+    ([0.5, 0.6], [0.4, 0.5], "holds"),  # every seed above every seed of all others
+    ([0.5, 0.3], [0.4, 0.5], "greedy: cannot be told; T = 1: holds"),  # a seed is among them
+    ([0.5, 0.6], [0.1, 0.15], "holds greedy, not sampled"),  # every seed below one of them
+    ([0.1, 0.1], [0.1, 0.15], "does not hold"),
+    ([0.25, 0.45], [0.3, 0.1], "cannot be told")])
+@pytest.mark.parametrize("rule, figure, best", [
+    ("rank_two", "F7", "r = 2"), ("bytes_alike", "F4", "fp32"), ("tying", "F4", "tiled"),
+    ("u_before_ties", "F8", "4 ties x u 1"), ("off_the_top", "DIRECTIONS", "middle")])
+def test_rules_by_ranges(rule, figure, best, greedy, sampled, verdict, monkeypatch):
+    """On the committed figure's settings, where `best` is what the claim says is better."""
+    definition = json.loads((ROOT / "results" / "figures" / f"{figure}.json").read_text())
+    settings = definition["settings"]
+    if figure == "F8":
+        settings = [s for s in settings if best in (s["name"], s.get("against"))]
+    if figure == "DIRECTIONS":
+        settings = [s for s in settings if s["name"].startswith(("middle", "top"))]
+    others = [(0.2, 0.2), (0.4, 0.3)]
+    made = sweep({s["name"]: list(zip(greedy, sampled)) if best in s["name"] else others
+                  for s in settings})
+    for mine, given in zip(made["settings"], settings):
+        mine |= {"against": given["against"]} if "against" in given else {}
+    monkeypatch.setattr(verdicts, "document", {figure: made}.get)
+    assert getattr(verdicts, rule)()[1] == verdict

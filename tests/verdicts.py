@@ -3,6 +3,7 @@
 Every number comes from results/figures/*.runs.json, and so does the verdict: a rule decides it, so
 that a figure made anew with other seeds cannot stand beside an old verdict.
 """
+import textwrap
 from statistics import mean
 
 from helpers import ROOT
@@ -14,6 +15,7 @@ from tools.runs import markdown_table
 
 HOLDS = "holds"
 NOT = "does not hold"
+UNCLEAR = "cannot be told"
 OPEN = "not measured yet"
 MOST = 0.9  # of a gain: what the paper's claims call recovering it
 
@@ -43,10 +45,37 @@ def both(values, sign=""):
 
 
 def where(holds):
-    """The verdict of a rule that is applied to both modes. holds: {mode: bool}."""
-    if all(holds.values()) or not any(holds.values()):
-        return HOLDS if all(holds.values()) else NOT
-    return "holds greedy, not sampled" if holds["greedy"] else "holds sampled, not greedy"
+    """The verdict of a rule that is applied to both modes. holds: {mode: True, False, or None for
+    what cannot be told}."""
+    said = {mode: {True: HOLDS, False: NOT, None: UNCLEAR}[x] for mode, x in holds.items()}
+    if len(set(said.values())) == 1:
+        return said["greedy"]
+    if None not in holds.values():
+        return "holds greedy, not sampled" if holds["greedy"] else "holds sampled, not greedy"
+    return "; ".join(f"{mode}: {x}" for mode, x in said.items())
+
+
+def better(document, pairs):
+    """{mode: whether in each pair (one, other) of settings the first is better}.
+
+    True: every seed of the one is above every seed of the other, in all pairs. False: the reverse
+    in at least one pair. None, which cannot be told: all else.
+    """
+    found = {}
+    for mode in MODES:
+        ends = [(scores(document, one, mode), scores(document, other, mode))
+                for one, other in pairs]
+        if any(max(one) < min(other) for one, other in ends):
+            found[mode] = False
+        else:
+            found[mode] = all(min(one) > max(other) for one, other in ends) or None
+    return found
+
+
+def listed(document, names):
+    """"r = 1: 0.93 greedy, 0.41 at T = 1; r = 2: ..." """
+    means = {name: {mode: mean(scores(document, name, mode)) for mode in MODES} for name in names}
+    return "; ".join(f"{name}: {both(x)}" for name, x in means.items())
 
 
 def enough():
@@ -61,9 +90,9 @@ def more():
     f1 = document("F1")
     sizes = (1, 4, 13, 28, 112)
     means = {mode: [mean(scores(f1, f"TinyLoRA, {n}", mode)) for n in sizes] for mode in MODES}
-    listed = "; ".join(f"{mode}: {', '.join(f'{x:.2f}' for x in row)}"
-                       for mode, row in means.items())
-    return (f"{', '.join(map(str, sizes))} numbers: {listed}",
+    columns = "; ".join(f"{mode}: {', '.join(f'{x:.2f}' for x in row)}"
+                        for mode, row in means.items())
+    return (f"{', '.join(map(str, sizes))} numbers: {columns}",
             where({mode: row == sorted(row) for mode, row in means.items()}))
 
 
@@ -90,9 +119,9 @@ def sft():
     [setting] = [s for s in f1["settings"] if s["name"] == "TinyLoRA, 13"]
     found = {mode: factor.factors(setting, f1, document("F2"), "worked", mode) for mode in MODES}
     median = {mode: x[(len(x) - 1) // 2][0] for mode, x in found.items()}
-    listed = ", ".join(f"{mode} {factor.text(x)}" for mode, x in found.items())
+    factors = ", ".join(f"{mode} {factor.text(x)}" for mode, x in found.items())
     return (f"for the scores of 13 numbers, SFT on worked solutions needs more by a factor of "
-            f"{listed}", where({mode: x >= 100 for mode, x in median.items()}))
+            f"{factors}", where({mode: x >= 100 for mode, x in median.items()}))
 
 
 def any_seed():
@@ -107,6 +136,43 @@ def any_seed():
             where({mode: lowest[mode] >= MOST * means[mode] for mode in MODES}))
 
 
+def bytes_alike():
+    """At 28 and 56 bytes: half as many numbers in fp32 against 16 bits."""
+    f4 = document("F4")
+    pairs = [(f"tiled, fp32, {n}", f"tiled, {dtype}, {2 * n}")
+             for n in (7, 14) for dtype in ("bf16", "fp16")]
+    return (listed(f4, dict.fromkeys(name for pair in pairs for name in pair)),
+            where(better(f4, pairs)))
+
+
+def tying():
+    f4 = document("F4")
+    kinds = ("fp32, 7", "fp32, 14", "bf16, 14", "fp16, 14")
+    pairs = [(f"tiled, {kind}", f"structured, {kind}") for kind in kinds]
+    return listed(f4, [name for pair in pairs for name in pair]), where(better(f4, pairs))
+
+
+def rank_two():
+    f7 = document("F7")
+    names = [setting["name"] for setting in f7["settings"]]
+    pairs = [("r = 2", name) for name in names if name != "r = 2"]
+    return listed(f7, names), where(better(f7, pairs))
+
+
+def u_before_ties():
+    """At equal numbers, more groups with a lower u against fewer with a higher one."""
+    f8 = document("F8")
+    pairs = [(s["against"], s["name"]) for s in f8["settings"] if "against" in s]
+    return listed(f8, [s["name"] for s in f8["settings"]]), where(better(f8, pairs))
+
+
+def off_the_top():
+    """arXiv 2511.08567; each of the other directions against the top ones."""
+    sweep = document("DIRECTIONS")
+    pairs = [(s["name"], s["against"]) for s in sweep["settings"] if "against" in s]
+    return listed(sweep, [s["name"] for s in sweep["settings"]]), where(better(sweep, pairs))
+
+
 # (claim, the figure's file, how it is measured)
 CLAIMS = [
     ("13 numbers have most of what RL on all weights gains", "F1", enough),
@@ -115,9 +181,11 @@ CLAIMS = [
     ("the gain is not answer format", "F1", not_format),
     ("which random directions were drawn does not matter", "HEADLINE", any_seed),
     ("SFT needs at least 100 times more numbers", "F2", sft),
-    ("bit for bit, fp32 is best; tiled beats structured", "F4", None),
-    ("a frozen rank of 2 is best", "F7", None),
-    ("lower u to 1 before raising n_tie", "F8", None),
+    ("bit for bit, fp32 is best", "F4", bytes_alike),
+    ("tiled beats structured", "F4", tying),
+    ("a frozen rank of 2 is best", "F7", rank_two),
+    ("lower u to 1 before raising n_tie", "F8", u_before_ties),
+    ("RL is better off the top directions (arXiv 2511.08567)", "DIRECTIONS", off_the_top),
     ("larger models need fewer numbers", "F3", None),
 ]
 
@@ -139,6 +207,11 @@ def table():
 
 
 def lines():
-    """For the README: what is measured, a line each."""
-    return "\n".join(f"- {claim}: **{verdict}**."
-                     for claim, _, verdict, _ in judged() if verdict != OPEN)
+    """For the README: what is measured, a paragraph for each verdict."""
+    claims = {}
+    for claim, _, verdict, _ in judged():
+        if verdict != OPEN:
+            claims.setdefault(verdict, []).append(claim)
+    return "\n".join(textwrap.fill(f"- **{verdict}**: {'; '.join(found)}.", 100,
+                                   subsequent_indent="  ", break_on_hyphens=False)
+                     for verdict, found in claims.items())
