@@ -1,6 +1,7 @@
 """Make the toy from nothing: word problems, a Qwen2.5-style tokenizer, and a small model.
 
     python toy/make.py     # writes toy/ anew but for this file and tinylora.json; 15 minutes
+    python toy/make.py --out runs/toys/128x2 --layers 2    # another size, for the figure F3
 
 The model reads problems like GSM8K's. Its training text solves them in three ways, as the web does:
 CAREFUL (every step written down, always right), HASTY (one line, often wrong) and GUESS (a number,
@@ -52,8 +53,7 @@ THEN = [["Um, ", "Well, ", "Anyway, "], ["Then ", "Later ", ""],
         ["Next, ", "Now, ", "After that, "]]
 ASK = [["So how many"], ["How many"], ["Exactly how many"]]
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-          "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+          "max_position_embeddings": 512,
           "max_window_layers": 4, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
           "sliding_window": 512, "use_sliding_window": False, "tie_word_embeddings": True,
           "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "float32",
@@ -277,7 +277,11 @@ def main():
     cli.add_argument("--batch", type=int, default=64)
     cli.add_argument("--lr", type=float, default=3e-3)
     cli.add_argument("--seed", type=int, default=0)
+    cli.add_argument("--width", type=int, default=128, help="a multiple of 64")
+    cli.add_argument("--layers", type=int, default=4)
     args = cli.parse_args()
+    if args.width < 64 or args.width % 64 or args.layers < 1:
+        cli.error("--width is a multiple of 64, --layers at least 1")
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(args.seed)
@@ -287,7 +291,10 @@ def main():
     end = tokenizer.token_to_id("<|endoftext|>")
     stop = tokenizer.token_to_id("<|im_end|>")
     # the table is a little wider than the tokenizer, as Qwen2.5's is (151,936 rows, 151,665 ids)
-    config = CONFIG | {"vocab_size": -(-tokenizer.get_vocab_size() // 32) * 32,
+    config = CONFIG | {"hidden_size": args.width, "intermediate_size": 3 * args.width,
+                       "num_hidden_layers": args.layers, "num_attention_heads": args.width // 32,
+                       "num_key_value_heads": args.width // 64,
+                       "vocab_size": -(-tokenizer.get_vocab_size() // 32) * 32,
                        "bos_token_id": end, "eos_token_id": stop}
     (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     generation = {"eos_token_id": [stop, end], "pad_token_id": end}
