@@ -244,15 +244,17 @@ def test_validation_problems_are_in_no_other_set(validation):
 def test_the_figures_can_be_run():
     """Every committed file: flags that train.py takes, equal budgets, no setting twice."""
     paths = [p for p in sorted(sweep_file.FIGURES.glob("*.json")) if p.suffixes == [".json"]]
-    assert {"DIRECTIONS", "ES", "F1", "F2", "F4", "F7", "F8"} <= {path.stem for path in paths}
+    assert {"DIRECTIONS", "ES", "F1", "F2", "F3", "F4", "F7", "F8"} <= {path.stem for path in paths}
     for path in paths:
         spec = sweep_file.read_definition(path)
         spec["validation"] = "toy"
         if "model" in spec["flags"]:  # a folder that only who runs it has
             spec["flags"]["model"] = str(TOY)
+        models = [setting["flags"].pop("model", "") for setting in spec["settings"]]  # toy/make.py's
         prepared = [sweep_file.prepare(spec, setting, None) for setting in spec["settings"]]
         sweep_file.check_budgets(path, prepared)
-        keys = {sweep_file.request(splits, 0.1, 0, "test")["key"] for splits in prepared}
+        keys = {model + sweep_file.request(splits, 0.1, 0, "test")["key"]
+                for model, splits in zip(models, prepared)}
         assert len(keys) == len(prepared)
 
 

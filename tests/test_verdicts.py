@@ -118,3 +118,21 @@ def test_rules_by_ranges(rule, figure, best, greedy, sampled, verdict, monkeypat
         mine |= {"against": given["against"]} if "against" in given else {}
     monkeypatch.setattr(verdicts, "document", {figure: made}.get)
     assert getattr(verdicts, rule)()[1] == verdict
+
+
+@pytest.mark.parametrize("large, verdict", [
+    ((0.6, 0.5), "holds"),  # one number is enough
+    ((0.1, 0.5), "greedy: cannot be told; T = 1: holds"),  # greedy, both need as many
+    ((0.1, 0.3), "cannot be told"),
+    ((0.0, 0.2), "does not hold")])
+def test_rule_of_sizes(large, verdict, monkeypatch):
+    made = sweep({"small, 1": (0.1, 0.3), "small, 10": (0.6, 0.5),
+                  "large, 1": large, "large, 10": (0.6, 0.5)})
+    for setting in made["settings"]:
+        setting["series"] = setting["name"].split(",")[0]
+        for key in setting["runs"]:
+            made["runs"][key] |= {"params": int(setting["name"].split()[1]), "score": "strict"}
+    monkeypatch.setattr(verdicts, "document", {"F3": made}.get)
+    measured, said = verdicts.larger_fewer()
+    assert said == verdict
+    assert measured.startswith("numbers for 0.9 of the gain: greedy: ")

@@ -52,10 +52,18 @@ def p_values(before, after):
     return found
 
 
-def base(document):
-    """{mode: {score: mean}} of the untrained model: the zero-adapter control of every run."""
-    used = [document["runs"][k] for s in document["settings"] for k in s["runs"]]
-    return {mode: spreads([run["base"] for run in used], mode) for mode in MODES}
+def bases(document):
+    """{"untrained": {mode: {score: spread}}}: the zero-adapter control of every run. Where settings
+    begin with several models, one for each, by its settings' series."""
+    by_model = {}
+    for setting in document["settings"]:
+        by_model.setdefault(setting["flags"].get("model"), []).append(setting)
+    found = {}
+    for settings in by_model.values():
+        name = "untrained" if len(by_model) == 1 else f"untrained, {settings[0]['series']}"
+        used = [document["runs"][k]["base"] for s in settings for k in s["runs"]]
+        found[name] = {mode: spreads(used, mode) for mode in MODES}
+    return found
 
 
 def markdown(document):
@@ -66,9 +74,9 @@ def markdown(document):
     header = ["trained", "numbers", "lr", *(f"{mode}: {name}" for mode in MODES for name in names),
               "p: untrained", "p: compared"]
     lines = []
-    untrained = base(document)
-    lines.append(["untrained", "0", "", *(f"{untrained[mode][name][0]:.3f}"
-                                          for mode in MODES for name in names), "", ""])
+    for untrained, scores in bases(document).items():
+        lines.append([untrained, "0", "", *(f"{scores[mode][name][0]:.3f}"
+                                            for mode in MODES for name in names), "", ""])
     for row in table:
         scores = [spread_text(row[mode][name]) for mode in MODES for name in names]
         compared = ""
@@ -121,7 +129,6 @@ def draw(document, out):
     table = rows(document)
     runs = document["runs"]
     score = runs[document["settings"][0]["runs"][0]]["score"]
-    untrained = base(document)
     figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.2), dpi=110, sharey=True)
     for axis, mode in zip(axes, MODES):
         for series in dict.fromkeys(row["series"] for row in table):
@@ -130,7 +137,8 @@ def draw(document, out):
             x, means, low, high = zip(*points)
             bars = [[m - lo for m, lo in zip(means, low)], [hi - m for m, hi in zip(means, high)]]
             axis.errorbar(x, means, yerr=bars, marker="o", markersize=4, capsize=3, label=series)
-        axis.axhline(untrained[mode][score][0], linestyle="--", color="grey", label="untrained")
+        for untrained, scores in bases(document).items():
+            axis.axhline(scores[mode][score][0], linestyle="--", color="grey", label=untrained)
         axis.set(title=f"{score}, {mode}", xlabel=document["definition"]["axis"], xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.04)

@@ -1,0 +1,82 @@
+"""How many trained numbers reach most of what can be gained, by model size, from a sweep's JSON:
+
+    python -m tools.needed results/figures/F3.runs.json
+
+A series of the sweep is a size, the smallest model first; its curve is the mean score over the
+numbers trained. The peak gain is the best setting's of that size, over the untrained model.
+Reported, as in the paper's figure 3: the numbers at which the curve reaches 90, 95 and 97.5% of the
+peak gain, straight between neighbours over the logarithm of the numbers, "<" at its first point
+already. For 90% the seeds' lowest and highest, too: each seed's curve against the mean peak.
+"""
+import sys
+from argparse import RawDescriptionHelpFormatter
+from statistics import mean
+
+from support.flags import Parser
+from support.program import run_main
+from support.scores import MODES
+from tools.factor import numbers_needed
+from tools.runs import markdown_table
+from tools.sweep_table import load
+
+SHARES = (0.9, 0.95, 0.975)  # of the peak gain
+
+
+def curves(document, mode):
+    """{size: (untrained score, [(numbers, [score of each seed]), ...])}, in the file's order."""
+    found = {}
+    for setting in document["settings"]:
+        runs = [document["runs"][key] for key in setting["runs"]]
+        score = runs[0]["score"]
+        _, points = found.setdefault(setting["series"], (runs[0]["base"][mode][score], []))
+        points.append((runs[0]["params"], [run["final"][mode][score] for run in runs]))
+    return found
+
+
+def needed(base, points, share):
+    """((sign, numbers) of the mean curve, [the same of each seed], from the lowest)."""
+    means = [(n, mean(scores)) for n, scores in points]
+    wanted = base + share * (max(score for _, score in means) - base)
+    seeds = [[(n, scores[i]) for n, scores in points] for i in range(len(points[0][1]))]
+    each = sorted((numbers_needed(curve, wanted) for curve in seeds),
+                  key=lambda found: (found[1], found[0] == ">"))
+    return numbers_needed(means, wanted), each
+
+
+def text(found):
+    sign, numbers = found
+    return f"{sign} {numbers:,.{1 if numbers < 10 else 0}f}".strip()
+
+
+def markdown(document):
+    """A row for each size and mode."""
+    rows = []
+    for mode in MODES:
+        for size, (base, points) in curves(document, mode).items():
+            peak = max(mean(scores) for _, scores in points)
+            cells = [text(needed(base, points, share)[0]) for share in SHARES]
+            _, seeds = needed(base, points, SHARES[0])
+            cells[0] += f" ({text(seeds[0])} to {text(seeds[-1])})"
+            rows.append((mode, size, f"{base:.3f}", f"{peak:.3f}", *cells))
+    shares = [f"numbers for {100 * share:g}%" for share in SHARES]
+    return markdown_table(("", "model", "untrained", "peak", *shares), rows)
+
+
+def parse(argv):
+    cli = Parser(prog="python -m tools.needed", description=__doc__, allow_abbrev=False,
+                 formatter_class=RawDescriptionHelpFormatter)
+    cli.add_argument("sweep", metavar="NAME.runs.json")
+    return cli.parse_args(argv)
+
+
+def work(args):
+    print(markdown(load(args.sweep)))
+
+
+def main(argv=None):
+    """Returns the exit code, see program.run_main."""
+    return run_main(lambda: parse(argv), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
