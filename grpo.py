@@ -1,5 +1,5 @@
 """GRPO, bare. This docstring is the spec: which GRPO this is, with the paper's values for GSM8K
-(arXiv 2602.04118 and its authors' verl fork) in brackets.
+(arXiv 2602.04118 and its authors' verl fork) in brackets. Learning rate and data are in train.py.
 
  1. A step takes some problems [64] and samples a group of G responses to each [4], at a
     temperature [1.0], from the full softmax: no top-k, no top-p. model.logits drops, for both
@@ -10,21 +10,21 @@
  3. Randomness is one uniform number per row and token, given by the caller (a numpy RandomState per
     row) and turned into a token through the inverse CDF: a row's text depends, up to rounding,
     neither on what shares its batch nor on the machine.
- 4. The sampler IS the trainer's policy: one model, one code, nothing merged. So the old log-probs
-    are the sampler's, at the same temperature. Their mean |difference| from the trainer's, before
-    a step's first update, is logged as `gap` and should be rounding noise.
+ 4. The sampler IS the trainer's policy: the same weights and formula, nothing merged, sums in
+    another order. So the old log-probs are the sampler's, at the same temperature. Their mean
+    |difference| from the trainer's, before a step's first update, is logged as `gap`: rounding.
  5. Advantage A = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of
     equal rewards.
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, ratio = new / old
     probability, summed and divided by ONE number, the count of response tokens in the mini-batch
-    (as DAPO): no bias by length, one gradient for any micro-batch size.
+    (as DAPO): every token weighs alike in it, and the gradient is one for any micro-batch size.
  7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
     the policy that training started from (the base model or --adapter), to each token's loss.
  8. A step's problems are split into mini-batches [2 of 32 problems], one Adam update each [AdamW
     0.9, 0.999; eps 1e-8, no weight decay]. Without KL, rows of advantage 0 skip their forward pass:
     they count in 6's denominator, but not in the logged gap and clip fraction.
  9. The gradient is clipped to a norm [1.0]. v (tinylora.py) and Adam's state are fp32; with
-    --v-dtype bf16 or fp16 the value kept after each update is rounded to that type.
+    --v-dtype bf16 or fp16 v is rounded to that type after each update: small steps may be lost.
 
 Shapes: P prompts, G responses to each (a group), B = P * G rows, T response tokens, C hidden size.
 """
@@ -266,11 +266,11 @@ def update(model, optimizer, rollout, args, engine, loss=grpo_loss):
     Returns this rank's statistics and loss, and the gradient's norm.
     """
     params = optimizer.param_groups[0]["params"]
-    [tokens] = ranks.total(int(rollout.mask.sum()))  # over all ranks: their number changes nothing
+    [tokens] = ranks.total(int(rollout.mask.sum()))  # over all ranks: one gradient for any number
     denominator = max(tokens, 1)
     index = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
 
-    def part(batch):  # what a micro-batch adds to the gradient
+    def part(batch):  # what a micro-batch adds: a gradient per parameter, then statistics and loss
         logp = engine.logprobs(model, batch, args.recompute)
         value = loss(logp, batch, denominator, args)
         gradients = torch.autograd.grad(value, params)

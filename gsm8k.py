@@ -12,9 +12,10 @@ and, where problems are not just the JSON lines of train.jsonl and test.jsonl, a
 This task has three scores, always reported side by side, because much of a gain can be mere
 format (the paper reports strict; on lenient a reproduction gained far less):
 
-    strict   the number after the last "####" in the last 300 characters is right: the paper's rule,
-             but that no number is cut out of a longer expression (support/plain_numbers.py).
-    lenient  right is strict's number, if there is one, else the last number anywhere in the text.
+    strict   the last number that follows a "####" in the last 300 characters is right. Unlike the
+             paper's rule, it takes 18.00 for 18, and cuts no number out of a longer expression
+             (support/plain_numbers.py).
+    lenient  strict's number is right or, if there is none, the last number anywhere in the text.
     format   strict's number exists. As the reward it is the control for mere format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
@@ -32,7 +33,7 @@ from support.plain_numbers import NUMBER, PLAIN_NUMBER, canonical
 INSTRUCTION = ' Let\'s think step by step and output the final answer after "####".'
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-# PLAIN_NUMBER is a number that nothing makes another value of, as 5/2, 5² or 5 million do of 5.
+# PLAIN_NUMBER is a number that stands alone: not the 5 of 5/2, of 5² or of 5 million.
 STRICT = re.compile(rf"####[ \t]*({PLAIN_NUMBER})")
 ANY = re.compile(NUMBER)
 

@@ -7,19 +7,19 @@ W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs)
 are fixed random r x r matrices, different for every module. v is all that is trained: u numbers for
 each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
 13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
-the base model bit for bit. Nothing is merged into W: a bf16 weight would lose most of the change
-for good, while an activation's rounding differs from token to token and averages out.
+the base model bit for bit. Nothing is merged into W: rounded to bf16, most weights would not take
+the change (merging and unmerging one alters about 17% of them: TRL #6688).
 
 SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Adam moves
 v by about lr an update whatever the gradient's size, so what counts is lr x scale:
 
-    implementation   delta W                               P entries   std of R       same lr here
-    this file        U S R V^T                             N(0, 1)     1/sqrt(u)      lr
-    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16/sqrt(u)     16 x lr
-    PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   1/sqrt(r)      sqrt(u/r) x lr
+    implementation   delta W                               P entries   an update moves R by about
+    this file        U S R V^T                             N(0, 1)     lr: hence the 1/sqrt(u)
+    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16 lr, at the front
+    PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   sqrt(u/r) lr
 
-With S left of R, right of it, on both sides, entry (i, j) of R is weighted by s_i, s_j
-or sqrt(s_i s_j): no learning rate undoes that.
+With S left of R, right of it or on both sides, entry (i, j) of R is weighted by s_i, s_j or
+sqrt(s_i s_j), respectively: no learning rate undoes that.
 
 LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i has one 1, at entry i, and no
 1/sqrt(u): v IS R.
@@ -28,7 +28,8 @@ THE FILE. An adapter is a safetensors file of one tensor, v tie by tie (13 numbe
 fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from
 numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
 from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
-and bf16, tells if it is that model. Another processor, engine or dtype rounds the SVD differently.
+and bf16, tells whether it is that model. Another processor, engine or dtype rounds the SVD in
+another way.
 """
 import math
 import sys
@@ -124,7 +125,8 @@ def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
     Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
-    4 evaluation, 8 directions): numpy repeats short ones, [5, 3] and [5, 3, 3, 1] are one stream.
+    4 evaluation, 5 LoRA's A, 6 ES, 8 directions, 9 a control): numpy repeats short ones, [5, 3] and
+    [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -138,7 +140,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
     wanted number of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties
     differ in size by at most one, and the n_tie returned is None. With more numbers than modules,
-    the number of ties is the largest divisor of params up to theirs. InputError: no such plan.
+    the number of ties is the largest divisor of params up to that. InputError: no such plan.
     """
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, 7 * layers) if tying == "tiled" else (7, layers)

@@ -41,9 +41,9 @@ RECIPE = [
     ("tie", None, ["tiled", "structured"], "who shares v (tiled)"),
     ("rank", None, count, "number of SVD directions (2), or LoRA's rank (1)"),
     ("directions", None, ["top", "middle", "bottom", "random"], "which of them (top)"),
-    ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "in which what is trained is kept and saved"),
+    ("v-dtype", "fp32", ["fp32", "bf16", "fp16"], "of the trained numbers, kept and saved"),
     ("seed", 0, seed, "of the random P, the problems' order, the sampling"),
-    ("algo", "grpo", ["grpo", "es", "sft"], "or evolution strategy, or SFT"),
+    ("algo", "grpo", ["grpo", "es", "sft"], "GRPO, evolution strategy, SFT"),
     ("steps", None, natural, "training steps (3 epochs)"),
     ("prompts", 64, count, "problems a step"),
     ("group", 4, count, "responses to each problem"),
@@ -58,7 +58,7 @@ RECIPE = [
     ("grad-clip", 1.0, positive, "largest gradient norm"),
     ("reward", None, str, "the score to learn from (the task's first: strict)"),
 ]
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 16 x the fork's 1e-5
 SAMPLED = (False, True)  # the first and last evaluations: greedy, then at T = 1
 
 

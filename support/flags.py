@@ -99,8 +99,9 @@ UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group
           "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",
                  "recompute", "cuda-graph"),
           "grpo": ("sigma",),
-          "eval-only": (*TRAINING, "chat", "wandb"),
-          "chat": (*TRAINING, "eval-data", "eval-count", "samples", "rollout-rows", "wandb", "out")}
+          "eval-only": (*TRAINING, "seed", "chat", "wandb"),
+          "chat": (*TRAINING, "seed", "eval-data", "eval-count", "samples", "rollout-rows", "wandb",
+                   "out")}
 
 
 def parser(description, recipe):

@@ -11,7 +11,7 @@ from helpers import ROOT
 import train
 from support import flags
 from support.scores import MODES, standard_error
-from tools import factor, styles, sweep_table
+from tools import factor, needed, styles, sweep_table
 from tools.runs import markdown_table as table
 
 RUNS = {path.parent.name: json.loads(path.read_text())
@@ -39,9 +39,8 @@ def claim():
         f"reinforcement learning on **{runs[0]['params']} numbers, {runs[0]['bytes']} bytes**: "
         f"from {percent(base['greedy']['strict'])} to **{percent(median(greedy))}** of "
         f"{runs[0]['count']} held-out problems, greedy ({percent(base['T = 1']['strict'])} to "
-        f"{percent(median(sampled))} sampled at T = 1), the median of {len(runs)} seeds. The seed "
-        f"draws the directions that are trained, and some are poor: "
-        f"{sum(x >= 0.9 for x in greedy)} of the {len(runs)} end above 90%, the lowest at "
+        f"{percent(median(sampled))} sampled at T = 1), the median of {len(runs)} seeds. They "
+        f"differ: {sum(x >= 0.9 for x in greedy)} of the {len(runs)} end above 90%, the lowest at "
         f"{percent(min(greedy))}. It takes {round(RUNS['toy-seed0']['seconds'] / 60)} minutes on "
         f"2 CPU cores.")
     return textwrap.fill(text, 100, break_on_hyphens=False)
@@ -182,11 +181,43 @@ def flag_table(recipe):
     return table(("flag", "default", "meaning"), rows)
 
 
+def ability():
+    """What the toy does when it is told to be careful."""
+    s = RUNS["ability"]
+    return (f"gives {s['strict']:.3f} greedy and {s['sampled']:.3f} at T = 1, of "
+            f"{s['eval_count']:,} problems (results/ability).")
+
+
+def own_solutions():
+    """How many of F2's own solutions are in which style."""
+    rows = (FIGURES / "own-solutions" / "train.jsonl").read_text().splitlines()
+    kinds = [styles.style(json.loads(row)["answer"]) for row in rows]
+    asked = sum(1 for _ in open(flags.TOY / "train.jsonl"))
+    listed = ", ".join(f"{kinds.count(style):,} {style}" for style in styles.STYLES)
+    return f"There is one for {len(rows):,} of the {asked:,} problems: {listed}."
+
+
+def anywhere_table():
+    """Where the right number stands, before and after, with 64 tokens."""
+    rows = []
+    for name in ARITHMETIC:
+        lines = (ROOT / "results" / name / "anywhere.jsonl").read_text().splitlines()
+        for found in map(json.loads, lines):
+            sides = (found["before"], found["after"])
+            cells = [", ".join(f"{side[key]:.{digits}f}" for side in sides)
+                     for key, digits in (("lenient", 3), ("last", 3), ("anywhere", 3),
+                                         ("numbers", 1))]
+            rows.append((RUNS[name]["seed"], found["mode"], *cells))
+    return table(("seed", "", "lenient: from, to", "last number right", "right number anywhere",
+                  "numbers a response"), rows)
+
+
 def styles_table():
     return styles.markdown(json.loads((FIGURES / "HEADLINE.styles.json").read_text()))
 
 
-GENERATED = {"claim": claim, "real": real, "seeds": seeds_table,
+GENERATED = {"ability": ability, "own": own_solutions,
+             "claim": claim, "real": real, "seeds": seeds_table,
              "verdicts": verdicts.table, "lines": verdicts.lines,
              "spread": spread, "styles": styles_table, "smollm2": smollm2_table,
              "recipe": lambda: flag_table(train.RECIPE),
@@ -196,9 +227,12 @@ if ARITHMETIC:
     GENERATED["controls"] = controls_table
     GENERATED["forgetting"] = forgetting_table
     GENERATED["thirteen"] = thirteen_table
+    GENERATED["anywhere"] = anywhere_table
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
+if "F3" in GENERATED:
+    GENERATED["needed"] = lambda: needed.markdown(sweep_table.load(FIGURES / "F3.runs.json"))
 if {"F1", "F2"} <= GENERATED.keys():
     GENERATED["factor"] = lambda: factor.markdown(
         *(sweep_table.load(FIGURES / f"{name}.runs.json") for name in ("F1", "F2")),

@@ -14,8 +14,8 @@ def sweep(path, curves):
     for size, points in curves.items():
         for numbers, scores in points:
             keys = [f"{size} {numbers} {seed}" for seed in range(len(scores))]
-            document["settings"].append({"name": f"{size}, {numbers}", "series": size,
-                                         "runs": keys})
+            name = f"{size}, {'peak' if numbers > 1000 else numbers}"
+            document["settings"].append({"name": name, "series": size, "runs": keys})
             for key, score in zip(keys, scores):
                 document["runs"][key] = {
                     "params": numbers, "score": "strict",
@@ -41,8 +41,23 @@ def test_numbers_by_size(tmp_path, capsys):
     assert rows[4].startswith("| T = 1 | small | 0.100 | 0.500 | < 1.0 (")
 
 
+def test_a_peak_is_no_point_of_the_curve_and_a_small_one_has_no_shares(tmp_path, capsys):
+    """LoRA's numbers do not count: with other ones the table is the same."""
+    said = []
+    for peak in (2000, 9000):
+        path = sweep(tmp_path / "x", {
+            "small": [(1, [0.2, 0.2]), (10, [0.28, 0.28]), (peak, [0.29, 0.29])],
+            "large": [(1, [0.2, 0.2]), (10, [0.6, 0.6]), (peak, [1.0, 1.0])]})
+        assert needed.main([path]) == 0
+        said.append(capsys.readouterr().out.splitlines())
+    assert said[0] == said[1]
+    assert said[0][2] == "| greedy | small | 0.200 | 0.290 |  |  |  |"
+    assert said[0][3] == (
+        "| greedy | large | 0.200 | 1.000 | > 10 (> 10 to > 10) | > 10 | > 10 |")
+
+
 def test_a_seed_that_never_gets_there():
-    (_, numbers), seeds = needed.needed(0.2, [(1, [0.2, 0.2]), (10, [0.5, 1.0])], 0.9)
+    (_, numbers), seeds = needed.needed(0.2, 0.75, [(1, [0.2, 0.2]), (10, [0.5, 1.0])], 0.9)
     assert numbers == pytest.approx(10 ** ((0.695 - 0.2) / 0.55))
     assert [sign for sign, _ in seeds] == ["", ">"]
 

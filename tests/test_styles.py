@@ -57,8 +57,11 @@ def test_counts_and_table(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| untrained | 0.500 (1.00) | 0.000 | 0.500 (0.00) | 0.000 | 1.000 (0.00) " \
                        "| 0.000 |"
-    assert [line.split(" | ")[:2] for line in lines[3:]] == [
+    assert [line.split(" | ")[:2] for line in lines[3:5]] == [
         ["| a setting, seed 5", "0.000"], ["| a setting, seed 4", "1.000 (1.00)"]]
+    assert " ".join(lines[5:]) == (
+        " a setting, right among the step-by-step responses, mean (lowest to highest) of all 2 "
+        "seeds: 1.00 (1.00 to 1.00) greedy, 0.25 (0.00 to 0.50) T = 1.")
 
 
 def test_runs_that_are_not_there(tmp_path, monkeypatch, capsys):

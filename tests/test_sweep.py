@@ -273,7 +273,9 @@ def test_committed_tables_are_those_of_their_runs():
     ({"settings": [SETTINGS[0] | {"lr": "0.1"}]}, "'0.1' will not do for 'lr'"),
     ({"settings": SETTINGS * 2}, "two settings have one name"),
     ({"settings": [SETTINGS[0], SETTINGS[1] | {"flags": {"params": 13, "group": 4}}]},
-     "equally many responses: 1280, 640")])
+     "equally many responses: 1280, 640"),
+    ({"settings": [SETTINGS[0], SETTINGS[1] | {"flags": {"params": 13, "max-new-tokens": 9}}]},
+     "its settings have several --max-new-tokens: ")])
 def test_a_wrong_file_is_told_in_one_line(folder, validation, capsys, change, message):
     write(folder, validation, **change)
     assert sweep.main(words(folder)) == 2

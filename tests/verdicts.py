@@ -3,8 +3,9 @@
 Every number comes from results/figures/*.runs.json, and so does the verdict: a rule decides it, so
 that a figure made anew with other seeds cannot stand beside an old verdict.
 """
+import math
 import textwrap
-from statistics import mean
+from statistics import mean, stdev, variance
 
 from helpers import ROOT
 
@@ -33,15 +34,16 @@ def scores(document, name, mode, which="final", score="strict"):
     return [document["runs"][key][which][mode][score] for key in setting["runs"]]
 
 
-def gains(document, name):
+def gains(document, name, score="strict"):
     """{mode: mean gain of a setting over the untrained model}."""
-    return {mode: mean(scores(document, name, mode)) - mean(scores(document, name, mode, "base"))
-            for mode in MODES}
+    return {mode: mean(scores(document, name, mode, score=score))
+            - mean(scores(document, name, mode, "base", score)) for mode in MODES}
 
 
-def both(values, sign=""):
+def both(values, sign="", digits=2):
     """"0.93 greedy, 0.41 at T = 1" """
-    return f"{values['greedy']:{sign}.2f} greedy, {values['T = 1']:{sign}.2f} at T = 1"
+    greedy, sampled = (f"{values[mode]:{sign}.{digits}f}" for mode in MODES)
+    return f"{greedy} greedy, {sampled} at T = 1"
 
 
 def where(holds):
@@ -55,21 +57,43 @@ def where(holds):
     return "; ".join(f"{mode}: {x}" for mode, x in said.items())
 
 
-def better(document, pairs):
-    """{mode: whether in each pair (one, other) of settings the first is better}.
+def told(document, weights, mode, constant=0.0):
+    """Is the sum of weight x mean score, plus the constant, above 0? None: cannot be told.
 
-    True: every seed of the one is above every seed of the other, in all pairs. False: the reverse
-    in at least one pair. None, which cannot be told: all else.
+    What is told is three standard errors from 0: those of means of seeds, with one variance for all
+    settings, and that not below an evaluation's own.
     """
-    found = {}
-    for mode in MODES:
-        ends = [(scores(document, one, mode), scores(document, other, mode))
-                for one, other in pairs]
-        if any(max(one) < min(other) for one, other in ends):
-            found[mode] = False
-        else:
-            found[mode] = all(min(one) > max(other) for one, other in ends) or None
-    return found
+    total = constant
+    variances = []
+    for name, weight in weights.items():
+        ends = scores(document, name, mode)
+        total += weight * mean(ends)
+        variances.append(max(variance(ends), evaluation_variance(document, name, mode)))
+    error = math.sqrt(mean(variances) * sum(w * w for w in weights.values()) / len(ends))
+    return None if abs(total) <= 3 * error else total > 0
+
+
+def evaluation_variance(document, name, mode):
+    """p (1 - p) / n of a setting's mean score p."""
+    share = mean(scores(document, name, mode))
+    setting = next(s for s in document["settings"] if s["name"] == name)
+    return share * (1 - share) / document["runs"][setting["runs"][0]]["count"]
+
+
+def better(document, pairs):
+    """{mode: is the first of each pair of settings better, on the mean of the pairs?}"""
+    weights = {}
+    for one, other in pairs:
+        weights[one] = weights.get(one, 0) + 1 / len(pairs)
+        weights[other] = weights.get(other, 0) - 1 / len(pairs)
+    return {mode: told(document, weights, mode) for mode in MODES}
+
+
+def share_of(document, name, whole, least):
+    """{mode: has a setting at least so much of another's gain over the untrained model?}"""
+    base = {mode: mean(scores(document, whole, mode, "base")) for mode in MODES}
+    return {mode: told(document, {name: 1, whole: -least}, mode, -(1 - least) * base[mode])
+            for mode in MODES}
 
 
 def listed(document, names):
@@ -78,85 +102,96 @@ def listed(document, names):
     return "; ".join(f"{name}: {both(x)}" for name, x in means.items())
 
 
+# ---- the rules
+
 def enough():
     f1 = document("F1")
     full = gains(f1, "all weights")
     share = {mode: gain / full[mode] for mode, gain in gains(f1, "TinyLoRA, 13").items()}
     return (f"of the gain of all weights, 13 numbers have {both(share)}",
-            where({mode: x >= MOST for mode, x in share.items()}))
+            where(share_of(f1, "TinyLoRA, 13", "all weights", MOST)))
 
 
 def more():
+    """The most numbers are better than the fewest, and no step between neighbours is for worse."""
     f1 = document("F1")
-    sizes = (1, 4, 13, 28, 112)
-    means = {mode: [mean(scores(f1, f"TinyLoRA, {n}", mode)) for n in sizes] for mode in MODES}
-    columns = "; ".join(f"{mode}: {', '.join(f'{x:.2f}' for x in row)}"
-                        for mode, row in means.items())
-    return (f"{', '.join(map(str, sizes))} numbers: {columns}",
-            where({mode: row == sorted(row) for mode, row in means.items()}))
+    names = [s["name"] for s in f1["settings"] if s["name"].startswith("TinyLoRA, ")]
+    names.sort(key=lambda name: int(name.split()[1]))
+    holds = {}
+    for mode in MODES:
+        steps = [told(f1, {after: 1, before: -1}, mode) for before, after in zip(names, names[1:])]
+        holds[mode] = False if False in steps else told(f1, {names[-1]: 1, names[0]: -1}, mode)
+    columns = "; ".join(
+        f"{mode}: {', '.join(f'{mean(scores(f1, name, mode)):.2f}' for name in names)}"
+        for mode in MODES)
+    return f"{', '.join(name.split()[1] for name in names)} numbers: {columns}", where(holds)
 
 
 def lora():
     f1 = document("F1")
     gained = {name: gains(f1, name) for name in ("LoRA, r = 1", "all weights")}
-    near = {mode: gained["LoRA, r = 1"][mode] >= 0.95 * gained["all weights"][mode]
-            for mode in MODES}
-    return "; ".join(f"{name}: +{both(x)}" for name, x in gained.items()), where(near)
+    return ("; ".join(f"{name}: {both(x, '+')}" for name, x in gained.items()),
+            where(share_of(f1, "LoRA, r = 1", "all weights", MOST)))
 
 
 def not_format():
+    """The lenient score, which format does not move, gains as the strict one. Paired: the same
+    responses."""
     f1 = document("F1")
+    strict = gains(f1, "TinyLoRA, 13")
+    lenient = gains(f1, "TinyLoRA, 13", "lenient")
     control = gains(f1, "control: 13, paid for format")
-    paid = {mode: mean(scores(f1, "control: 13, paid for format", mode, score="format"))
-            for mode in MODES}
-    return (f"paid for format only, 13 numbers: format {both(paid)}; strict {both(control, '+')}",
-            where({mode: x < 0.1 * gains(f1, "TinyLoRA, 13")[mode] for mode, x in control.items()}))
-
-
-def sft():
-    """By worked solutions; the median seed."""
-    f1 = document("F1")
-    [setting] = [s for s in f1["settings"] if s["name"] == "TinyLoRA, 13"]
-    found = {mode: factor.factors(setting, f1, document("F2"), "worked", mode) for mode in MODES}
-    median = {mode: x[(len(x) - 1) // 2][0] for mode, x in found.items()}
-    factors = ", ".join(f"{mode} {factor.text(x)}" for mode, x in found.items())
-    return (f"for the scores of 13 numbers, SFT on worked solutions needs more by a factor of "
-            f"{factors}", where({mode: x >= 100 for mode, x in median.items()}))
+    return (f"13 numbers: strict {both(strict, '+')}, lenient {both(lenient, '+')}; paid for "
+            f"format only: strict {both(control, '+')}",
+            where({mode: lenient[mode] >= MOST * strict[mode] for mode in MODES}))
 
 
 def any_seed():
+    """The seeds' spread against that of evaluations alone, which 500 problems give."""
     sweep = document("HEADLINE")
     name = sweep["settings"][0]["name"]
-    lowest = {mode: min(after - before for after, before in
-                        zip(scores(sweep, name, mode), scores(sweep, name, mode, "base")))
-              for mode in MODES}
-    means = gains(sweep, name)
+    spread = {mode: stdev(scores(sweep, name, mode)) for mode in MODES}
+    noise = {mode: math.sqrt(evaluation_variance(sweep, name, mode)) for mode in MODES}
     count = len(scores(sweep, name, "greedy"))
-    return (f"the weakest of {count} seeds gains {both(lowest)}, the mean {both(means)}",
-            where({mode: lowest[mode] >= MOST * means[mode] for mode in MODES}))
+    return (f"standard deviation of {count} seeds: {both(spread, digits=3)}; of an evaluation "
+            f"alone: {both(noise, digits=3)}",
+            where({mode: spread[mode] <= 2 * noise[mode] for mode in MODES}))
+
+
+def sft(kind):
+    """The median seed."""
+    f1 = document("F1")
+    [setting] = [s for s in f1["settings"] if s["name"] == "TinyLoRA, 13"]
+    found = {mode: factor.factors(setting, f1, document("F2"), kind, mode) for mode in MODES}
+    median = {mode: x[(len(x) - 1) // 2][0] for mode, x in found.items()}
+    factors = ", ".join(f"{mode} {factor.text(x)}" for mode, x in found.items())
+    return (f"for the scores of 13 numbers, more by a factor of {factors}",
+            where({mode: x >= 100 for mode, x in median.items()}))
 
 
 def bytes_alike():
-    """At 28 and 56 bytes: half as many numbers in fp32 against 16 bits."""
+    """At 28 and 56 bytes: half as many numbers in fp32 against bf16. (fp16 is bf16's like.)"""
     f4 = document("F4")
-    pairs = [(f"tiled, fp32, {n}", f"tiled, {dtype}, {2 * n}")
-             for n in (7, 14) for dtype in ("bf16", "fp16")]
-    return (listed(f4, dict.fromkeys(name for pair in pairs for name in pair)),
-            where(better(f4, pairs)))
+    pairs = [(f"tiled, fp32, {n}", f"tiled, bf16, {2 * n}") for n in (7, 14)]
+    names = [f"tiled, {kind}" for kind in ("fp32, 7", "bf16, 14", "fp16, 14", "fp32, 14",
+                                           "bf16, 28", "fp16, 28")]
+    return listed(f4, names), where(better(f4, pairs))
 
 
 def tying():
     f4 = document("F4")
-    kinds = ("fp32, 7", "fp32, 14", "bf16, 14", "fp16, 14")
-    pairs = [(f"tiled, {kind}", f"structured, {kind}") for kind in kinds]
+    pairs = [(f"tiled, fp32, {n}", f"structured, fp32, {n}") for n in (7, 14)]
     return listed(f4, [name for pair in pairs for name in pair]), where(better(f4, pairs))
 
 
 def rank_two():
+    """Against the best of the other ranks."""
     f7 = document("F7")
     names = [setting["name"] for setting in f7["settings"]]
-    pairs = [("r = 2", name) for name in names if name != "r = 2"]
-    return listed(f7, names), where(better(f7, pairs))
+    others = [name for name in names if name != "r = 2"]
+    best = {mode: max(others, key=lambda name: mean(scores(f7, name, mode))) for mode in MODES}
+    return (listed(f7, names),
+            where({mode: told(f7, {"r = 2": 1, best[mode]: -1}, mode) for mode in MODES}))
 
 
 def u_before_ties():
@@ -167,9 +202,8 @@ def u_before_ties():
 
 
 def off_the_top():
-    """arXiv 2511.08567; each of the other directions against the top ones."""
     sweep = document("DIRECTIONS")
-    pairs = [(s["name"], s["against"]) for s in sweep["settings"] if "against" in s]
+    pairs = [(f"middle, {n}", f"top, {n}") for n in (13, 112)]
     return listed(sweep, [s["name"] for s in sweep["settings"]]), where(better(sweep, pairs))
 
 
@@ -177,30 +211,44 @@ def larger_fewer():
     """The largest toy against the smallest: for nine tenths of the gain every seed needs fewer."""
     f3 = document("F3")
     holds = {}
-    ends = []
+    measured = []
     for mode in MODES:
         sizes = needed.curves(f3, mode)
         found = {size: needed.needed(*curve, MOST) for size, curve in sizes.items()}
-        ends.append(f"{mode}: " + ", ".join(f"{needed.text(found[size][0])} ({size})"
-                                            for size in found))
-        small, *_, large = [[numbers for _, numbers in seeds] for _, seeds in found.values()]
-        holds[mode] = (max(large) < min(small)) or (False if min(large) > max(small) else None)
-    return f"numbers for 0.9 of the gain: {'; '.join(ends)}", where(holds)
+        measured.append(f"{mode}: " + ", ".join(f"{needed.text(of_means)} ({size})"
+                                                for size, (of_means, _) in found.items()))
+        small, *_, large = [[limits(x) for x in seeds] for _, seeds in found.values()]
+        gains_enough = all(peak - base >= needed.LEAST for base, peak, _ in sizes.values())
+        holds[mode] = None
+        if gains_enough and max(high for _, high in large) < min(low for low, _ in small):
+            holds[mode] = True
+        elif gains_enough and min(low for low, _ in large) > max(high for _, high in small):
+            holds[mode] = False
+    return f"numbers for {MOST} of the gain: {'; '.join(measured)}", where(holds)
+
+
+def limits(found):
+    """(lowest, highest) numbers that may be needed, of (sign, numbers)."""
+    sign, numbers = found
+    return 0 if sign == "<" else numbers, math.inf if sign == ">" else numbers
 
 
 # (claim, the figure's file, how it is measured)
 CLAIMS = [
     ("13 numbers have most of what RL on all weights gains", "F1", enough),
     ("more numbers, more gain", "F1", more),
-    ("LoRA of rank 1 gains what all weights gain", "F1", lora),
+    ("LoRA of rank 1 has most of what RL on all weights gains", "F1", lora),
     ("the gain is not answer format", "F1", not_format),
-    ("which random directions were drawn does not matter", "HEADLINE", any_seed),
-    ("SFT needs at least 100 times more numbers", "F2", sft),
-    ("bit for bit, fp32 is best", "F4", bytes_alike),
-    ("tiled beats structured", "F4", tying),
+    ("every seed gains alike", "HEADLINE", any_seed),
+    ("SFT on worked solutions needs at least 100 times more numbers", "F2", lambda: sft("worked")),
+    ("SFT on the model's own right answers needs at least 100 times more", "F2",
+     lambda: sft("own")),
+    ("bit for bit, fp32 is better than bf16", "F4", bytes_alike),
+    ("tiled is better than structured", "F4", tying),
     ("a frozen rank of 2 is best", "F7", rank_two),
     ("lower u to 1 before raising n_tie", "F8", u_before_ties),
-    ("RL is better off the top directions (arXiv 2511.08567)", "DIRECTIONS", off_the_top),
+    ("the middle directions are better than the top ones (arXiv 2511.08567)", "DIRECTIONS",
+     off_the_top),
     ("larger models need fewer numbers", "F3", larger_fewer),
 ]
 

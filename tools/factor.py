@@ -41,6 +41,8 @@ def numbers_needed(points, score):
 
 def factors(setting, rl, sft, kind, mode):
     """[(factor, sign) of each seed], from the lowest to the highest."""
+    if rl["seeds"] != sft["seeds"]:
+        raise InputError(f"the sweeps have other seeds: {rl['seeds']} and {sft['seeds']}")
     settings = [s for s in sft["settings"] if s["name"].endswith(f", {kind}")]
     if not settings:
         raise InputError(f"no setting's name ends with ', {kind}'")
@@ -57,8 +59,6 @@ def factors(setting, rl, sft, kind, mode):
 
 def markdown(rl, sft, kinds):
     """A row for each setting of RL's TinyLoRA, a column for each kind and mode."""
-    if rl["seeds"] != sft["seeds"]:
-        raise InputError(f"the sweeps have other seeds: {rl['seeds']} and {sft['seeds']}")
     columns = [(kind, mode) for kind in kinds for mode in MODES]
     header = ["numbers by RL", *(f"SFT, {kind}: {mode}" for kind, mode in columns)]
     lines = []

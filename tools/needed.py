@@ -3,10 +3,13 @@
     python -m tools.needed results/figures/F3.runs.json
 
 A series of the sweep is a size, the smallest model first; its curve is the mean score over the
-numbers trained. The peak gain is the best setting's of that size, over the untrained model.
-Reported, as in the paper's figure 3: the numbers at which the curve reaches 90, 95 and 97.5% of the
-peak gain, straight between neighbours over the logarithm of the numbers, "<" at its first point
-already. For 90% the seeds' lowest and highest, too: each seed's curve against the mean peak.
+numbers trained. The peak gain is the best setting's of that size, over the untrained model. A
+setting with "peak" in its name counts for the peak only: where LoRA of rank 1 has more numbers in a
+larger model, a curve that ended there would reach the same score later. Reported, as in the paper's
+figure 3: the numbers at which the curve reaches 90, 95 and 97.5% of the peak gain, straight between
+neighbours over the logarithm of the numbers; "<" at its first point already, ">" not at its last.
+For 90% the seeds' lowest and highest, too: each seed's curve against the mean peak. A size whose
+peak gain is below 0.1 has none.
 """
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -20,23 +23,27 @@ from tools.runs import markdown_table
 from tools.sweep_table import load
 
 SHARES = (0.9, 0.95, 0.975)  # of the peak gain
+LEAST = 0.1  # a peak gain of which shares can be asked
 
 
 def curves(document, mode):
-    """{size: (untrained score, [(numbers, [score of each seed]), ...])}, in the file's order."""
+    """{size: (untrained score, peak score, [(numbers, [score of each seed]), ...])}, in order."""
     found = {}
     for setting in document["settings"]:
         runs = [document["runs"][key] for key in setting["runs"]]
         score = runs[0]["score"]
-        _, points = found.setdefault(setting["series"], (runs[0]["base"][mode][score], []))
-        points.append((runs[0]["params"], [run["final"][mode][score] for run in runs]))
+        scores = [run["final"][mode][score] for run in runs]
+        base, peak, points = found.get(setting["series"], (runs[0]["base"][mode][score], 0.0, []))
+        if "peak" not in setting["name"]:
+            points = [*points, (runs[0]["params"], scores)]
+        found[setting["series"]] = (base, max(peak, mean(scores)), points)
     return found
 
 
-def needed(base, points, share):
+def needed(base, peak, points, share):
     """((sign, numbers) of the mean curve, [the same of each seed], from the lowest)."""
+    wanted = base + share * (peak - base)
     means = [(n, mean(scores)) for n, scores in points]
-    wanted = base + share * (max(score for _, score in means) - base)
     seeds = [[(n, scores[i]) for n, scores in points] for i in range(len(points[0][1]))]
     each = sorted((numbers_needed(curve, wanted) for curve in seeds),
                   key=lambda found: (found[1], found[0] == ">"))
@@ -52,11 +59,12 @@ def markdown(document):
     """A row for each size and mode."""
     rows = []
     for mode in MODES:
-        for size, (base, points) in curves(document, mode).items():
-            peak = max(mean(scores) for _, scores in points)
-            cells = [text(needed(base, points, share)[0]) for share in SHARES]
-            _, seeds = needed(base, points, SHARES[0])
-            cells[0] += f" ({text(seeds[0])} to {text(seeds[-1])})"
+        for size, (base, peak, points) in curves(document, mode).items():
+            cells = ["" for _ in SHARES]
+            if peak - base >= LEAST:
+                cells = [text(needed(base, peak, points, share)[0]) for share in SHARES]
+                _, seeds = needed(base, peak, points, SHARES[0])
+                cells[0] += f" ({text(seeds[0])} to {text(seeds[-1])})"
             rows.append((mode, size, f"{base:.3f}", f"{peak:.3f}", *cells))
     shares = [f"numbers for {100 * share:g}%" for share in SHARES]
     return markdown_table(("", "model", "untrained", "peak", *shares), rows)

@@ -2,14 +2,17 @@
 
     python -m tools.styles results/figures/HEADLINE.runs.json --out HEADLINE.styles.json
 
-A plain question may be answered step by step, in one go or by a guess (toy/make.py), and only the
-first way finds the answer. So the greedy score says for how many questions it is the likeliest
-style, the score at T = 1 how likely it is. Reads the samples that results/sweep.py's test runs
-keep; --runs is its folder of runs.
+A plain question may be answered step by step, in one go or by a guess (toy/make.py), and mostly
+the first way alone finds the answer. So the greedy score is about the share of questions for which
+it is the likeliest style, the score at T = 1 about how likely it is. Reads the samples that
+results/sweep.py's test runs keep; --runs is its folder of runs.
 """
+import math
 import sys
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from statistics import mean
 
 from support.errors import InputError
 from support.files import read_jsonl, write_json
@@ -67,6 +70,19 @@ def shown(seeds):
     return dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]])
 
 
+def steps_right(seeds):
+    """How many of the step-by-step responses are right: mean, lowest and highest of the seeds."""
+    parts = []
+    for mode in MODES:
+        shares = []
+        for styles in seeds.values():
+            count, right = styles["final"][mode][STYLES[0]]
+            shares += [right / count] if count else []
+        spread = (mean(shares), min(shares), max(shares)) if shares else (math.nan,) * 3
+        parts.append("{:.2f} ({:.2f} to {:.2f}) {}".format(*spread, mode))
+    return ", ".join(parts)
+
+
 def markdown(found):
     """A table of every setting: untrained, and three of its seeds."""
     header = ["", *(f"{mode}: {name}" for mode in MODES for name in STYLES)]
@@ -78,7 +94,10 @@ def markdown(found):
             final = seeds[seed]["final"]
             lines.append([f"{name}, seed {seed}",
                           *(cell for mode in MODES for cell in cells(final[mode]))])
-    return markdown_table(header, lines)
+    right = [f"{name}, right among the step-by-step responses, mean (lowest to highest) of all "
+             f"{len(seeds)} seeds: {steps_right(seeds)}." for name, seeds in found.items()]
+    return "\n\n".join([markdown_table(header, lines), *(textwrap.fill(line, 100)
+                                                         for line in right)])
 
 
 def parse(argv):

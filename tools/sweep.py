@@ -142,13 +142,18 @@ def right(evaluation, score, number, folder):
 
 
 def version():
-    """The commit that the code stands at, with -dirty if it was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit that the code stands at, with -dirty if it was changed since.
+
+    What lies in results/ is no code: a sweep writes there itself.
+    """
+    describe = ["git", "describe", "--always", "--abbrev=12"]
+    changed = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!results"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
+        dirty = subprocess.run(changed, cwd=ROOT, capture_output=True).returncode == 1
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() + "-dirty" * dirty or "unknown"
 
 
 def sweep(path, args):

@@ -154,7 +154,8 @@ def validation_folder(data, wanted, folder):
 
 
 def check_budgets(path, prepared):
-    """InputError unless every setting learns from equally many responses, or by SFT, examples."""
+    """InputError unless every setting learns from equally many responses, or by SFT, examples, and
+    is evaluated alike: a model's tinylora.json, or none, changes what its settings have."""
     budgets = {"responses": set(), "examples": set()}
     for splits in prepared:
         flags = splits["test"][1]
@@ -166,6 +167,11 @@ def check_budgets(path, prepared):
             listed = ", ".join(sorted(map(str, numbers)))
             raise InputError(f"{path}: its settings do not learn from equally many {kind}: "
                              f"{listed}; a comparison needs equal budgets")
+    for name in ("eval_count", "max_new_tokens"):
+        values = {splits["test"][1].get(name) for splits in prepared}
+        if len(values) > 1:
+            raise InputError(f"{path}: its settings have several --{name.replace('_', '-')}: "
+                             f"{', '.join(map(str, values))}; give one to all of them")
 
 
 def request(splits, lr, seed, split):

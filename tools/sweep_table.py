@@ -77,15 +77,23 @@ def markdown(document):
     for untrained, scores in bases(document).items():
         lines.append([untrained, "0", "", *(f"{scores[mode][name][0]:.3f}"
                                             for mode in MODES for name in names), "", ""])
-    for row in table:
+    for setting, row in zip(document["settings"], table):
         scores = [spread_text(row[mode][name]) for mode in MODES for name in names]
         compared = ""
         if row["against"] is not None:
             compared = f"{p_text(row['p_against'])} ({row['against']})"
         rate = f"{row['lr']:g}" + (" (end of the grid)" if row["at_end"] else "")
+        rate += " (untrained is better)" if untrained_is_better(document, setting) else ""
         lines.append([row["name"], f"{row['params']:,}", rate, *scores, p_text(row["p_base"]),
                       compared])
     return f"{markdown_table(header, lines)}\n\n{notes(document, runs)}"
+
+
+def untrained_is_better(document, setting):
+    """On the validation problems, at every rate of the grid."""
+    runs = [document["runs"][key] for key in setting["grid"][0]["runs"]]
+    before = sum(run["base"][mode][run["score"]] for run in runs for mode in MODES)
+    return before / len(runs) / len(MODES) >= max(x["validation"] for x in setting["grid"])
 
 
 def spread_text(spread):

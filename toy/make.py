@@ -282,7 +282,10 @@ def main():
     args = cli.parse_args()
     if args.width < 64 or args.width % 64 or args.layers < 1:
         cli.error("--width is a multiple of 64, --layers at least 1")
-    out = args.out
+    out = args.out.resolve()
+    same_toy = vars(cli.parse_args([])) | {"out": args.out} == vars(args)
+    if out == cli.get_default("out") and not same_toy:
+        cli.error("another toy needs --out: toy/ itself is made without other flags")
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(args.seed)
     held_out = write_problems(out, rng)
