@@ -250,7 +250,8 @@ def test_the_figures_can_be_run():
         spec["validation"] = "toy"
         if "model" in spec["flags"]:  # a folder that only who runs it has
             spec["flags"]["model"] = str(TOY)
-        models = [setting["flags"].pop("model", "") for setting in spec["settings"]]  # F3's toys
+        models = [setting["flags"].pop("model", "") + setting["flags"].pop("adapter", "")
+                  for setting in spec["settings"]]  # those of F3 and SEEDS are made first
         prepared = [sweep_file.prepare(spec, setting, None) for setting in spec["settings"]]
         sweep_file.check_budgets(path, prepared)
         keys = {model + sweep_file.request(splits, 0.1, 0, "test")["key"]
