@@ -125,8 +125,8 @@ def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
     Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
-    4 evaluation, 5 LoRA's A, 6 ES, 8 directions, 9 a control): numpy repeats short ones, [5, 3] and
-    [5, 3, 3, 1] are one stream.
+    4 evaluation, 5 LoRA's A, 6 ES, 8 directions, from 9 tools/): numpy repeats short ones, [5, 3]
+    and [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
