@@ -73,10 +73,11 @@ class Run:
     engine: object  # the module with generate, logprobs, accumulate, svd: grpo, or fast
 
 
-def pick(step, total, args):
-    """What step `step` (from 0) takes of `total` problems: positions in an endless row of shuffled
-    epochs, and the problem at each; seeds: tinylora.random_P. Each rank (process) has its share.
+def pick(step, problems, args):
+    """What step `step` (from 0) takes: positions in an endless row of shuffled epochs, and the
+    problem at each; seeds: tinylora.random_P. Each rank (process) has its share.
     """
+    total = len(problems)
     per_batch = args.prompts // args.minibatches
     positions = []
     for k in range(args.minibatches):
@@ -84,7 +85,7 @@ def pick(step, total, args):
         positions += range(first, first + per_batch)[ranks.share(per_batch)]
     orders = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(total)
               for epoch in {position // total for position in positions}}
-    return positions, [int(orders[p // total][p % total]) for p in positions]
+    return positions, [problems[orders[p // total][p % total]] for p in positions]
 
 
 def learning_rate(update, args):
@@ -171,6 +172,30 @@ def save(model, params, args, model_folder):
     return path
 
 
+def grpo_step(run, optimizer, reference, problems, positions, rates):
+    """Sample, score, update: (Rollout of B = P * G rows, {name: scores (B,)}, [each update's row]).
+
+    positions: the problems', see pick. rates: a learning rate for each mini-batch.
+    reference: the values that training began with, for --kl; else None.
+    """
+    args = run.args
+    label = f"step {positions[0] // args.prompts + 1}"
+    keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
+    noise = grpo.uniforms(keys, args.max_new_tokens)  # (B, T)
+    rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
+    _, scores = score(run, rollout, problems)
+    advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
+    rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
+
+    updates = []
+    for rate, batch in zip(rates, rollout.split(args.minibatches)):
+        optimizer.param_groups[0]["lr"] = rate
+        if args.kl > 0:
+            batch.ref_logp = reference_logprobs(run, batch, optimizer, reference)
+        updates.append(grpo.update(run.model, optimizer, batch, args, run.engine))
+    return rollout, scores, updates
+
+
 def train(run, params, optimizer, reference, state, train_problems, test_problems, log_elsewhere):
     """The loop. Every step is logged; --resume goes on after the last one saved."""
     args = run.args
@@ -178,41 +203,17 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
     began = time.time() - state["seconds"]  # as if the run had never stopped
     for step in range(state["step"], args.steps):
         start = time.time()
-        # 1. problems
-        positions, numbers = pick(step, len(train_problems), args)
-        problems = [train_problems[i] for i in numbers]
+        positions, problems = pick(step, train_problems, args)
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
-
-        # 2. a group of responses to each, their scores, their advantages (es: in 3)
         if args.algo == "grpo":
-            keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
-            noise = grpo.uniforms(keys, args.max_new_tokens)
-            label = f"step {step + 1}"
-            rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
-            _, scores = score(run, rollout, problems)
-            advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
-            rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
-            loss = grpo.grpo_loss
+            done = grpo_step(run, optimizer, reference, problems, positions, rates)
         elif args.algo == "sft":
             from methods import sft
-            rollout = sft.solutions(run, problems)
-            scores = {}
-            loss = sft.sft_loss
-
-        # 3. an Adam update from each mini-batch
-        if args.algo == "es":
-            from methods import es
-            optimizer.param_groups[0]["lr"] = rates[-1]
-            rollout, scores, updates = es.step(run, optimizer, problems, positions, roll_out, score)
+            done = sft.step(run, optimizer, problems, rates)
         else:
-            updates = []
-            for rate, batch in zip(rates, rollout.split(args.minibatches)):
-                optimizer.param_groups[0]["lr"] = rate
-                if args.kl > 0:
-                    batch.ref_logp = reference_logprobs(run, batch, params, reference)
-                updates.append(grpo.update(run.model, optimizer, batch, args, run.engine, loss))
-
-        # 4. the log
+            from methods import es
+            done = es.step(run, optimizer, problems, positions, rates, roll_out, score)
+        rollout, scores, updates = done
         row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
         ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
@@ -291,8 +292,7 @@ def flags(argv=None):
     return parse(argv, __doc__, RECIPE, LR)
 
 
-def main(argv=None):
-    """Returns the exit code, see program.run_main."""
+def main(argv=None):  # returns the exit code, see program.run_main
     return program.run_main(lambda: flags(argv), work, resumable=True)
 
 

@@ -16,13 +16,15 @@ import grpo
 from support import ranks
 
 
-def step(run, optimizer, rows, positions, roll_out, score):
-    """One step on v, at the learning rate that stands in the optimizer.
+def step(run, optimizer, rows, positions, rates, roll_out, score):
+    """One step on v, one update.
 
     rows: P problems; positions: their numbers in the run, which seed e and the sampling noise.
-    roll_out, score: train.py's. Returns (rollout of P * G rows, their scores, [metrics]).
+    rates: [the update's learning rate]. roll_out, score: train.py's. Returns (rollout of P * G
+    rows, their scores, [metrics]).
     """
     args = run.args
+    optimizer.param_groups[0]["lr"], = rates
     v, = optimizer.param_groups[0]["params"]  # (ties, u)
     pairs = args.group // 2
     keys = [(args.seed, position, k) for position in positions for k in range(pairs)]

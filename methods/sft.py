@@ -23,6 +23,19 @@ def solutions(run, rows):
     return grpo.Rollout(prompts, ids, mask, logp, temperature=1.0, advantage=advantage)
 
 
+def step(run, optimizer, problems, rates):
+    """An Adam update from each mini-batch: (the solutions, {}: no scores, [what each update says]).
+
+    rates: a learning rate for each mini-batch.
+    """
+    rollout = solutions(run, problems)
+    updates = []
+    for rate, batch in zip(rates, rollout.split(run.args.minibatches)):
+        optimizer.param_groups[0]["lr"] = rate
+        updates.append(grpo.update(run.model, optimizer, batch, run.args, run.engine, sft_loss))
+    return rollout, {}, updates
+
+
 def sft_loss(logp, rollout, denominator, args):
     """The mean of -log p over response tokens. logp (B, T): 0 where masked; see grpo.grpo_loss."""
     return -logp.sum() / denominator

@@ -23,7 +23,7 @@ def total_norm(params):
     return sum(p.detach().double().square().sum().item() for p in params) ** 0.5
 
 
-def reference_logprobs(run, batch, params, reference):
+def reference_logprobs(run, batch, optimizer, reference):
     """(B, T) log-probs of a mini-batch under the policy that training started from, for --kl.
 
     They are computed in the very micro-batches of grpo.update, so while the policy is still the
@@ -40,7 +40,7 @@ def reference_logprobs(run, batch, params, reference):
             logp[some.advantage, :width] = run.engine.logprobs(run.model, some)
         return []
 
-    with with_values(params, reference):
+    with with_values(optimizer.param_groups[0]["params"], reference):
         budget = run.args.tokens_per_micro_batch
         run.engine.accumulate(part, numbered, numbers.tolist(), budget)
     return logp

@@ -272,7 +272,7 @@ def test_es_climbs_a_known_hill():
     run = es_run(model)
     optimizer = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0)
     start = v.detach().clone()
-    _, scores, updates = es.step(run, optimizer, [{}] * 64, list(range(64)), roll_out, hill)
+    _, scores, updates = es.step(run, optimizer, [{}] * 64, list(range(64)), [0.05], roll_out, hill)
     plus = seen["values"][0::2]
     minus = seen["values"][1::2]
     torch.testing.assert_close((plus + minus) / 2, start.expand_as(plus), atol=1e-6, rtol=0)
@@ -285,10 +285,10 @@ def test_es_climbs_a_known_hill():
     run.args.group = 16
     for i in range(60):
         positions = list(range(64 * (i + 1), 64 * (i + 1) + 8))
-        es.step(run, optimizer, [{}] * 8, positions, roll_out, hill)
+        es.step(run, optimizer, [{}] * 8, positions, [0.05], roll_out, hill)
     assert (v - goal).norm() < 0.2 * (start - goal).norm()
     assert seen["label"] == "step 61"
-    _, _, updates = es.step(run, optimizer, [{}] * 2, [0, 1], roll_out, flat)
+    _, _, updates = es.step(run, optimizer, [{}] * 2, [0, 1], [0.05], roll_out, flat)
     assert (v.grad == 0).all() and updates[0] == {"grad_norm": 0.0, "signal": 0.0}
 
 

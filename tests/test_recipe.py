@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import mutants
 import train
+from helpers import ROOT
 from recipe import BASE, SCORES, SETTINGS, TASK, TOY, Recipe, command, rows, write_adapter
 from support import ranks
 
@@ -268,3 +270,9 @@ def test_ranks_that_resume_from_different_steps_end(data, toy, tmp_path, monkeyp
     stand_in(monkeypatch, 2)
     assert train.main(["--resume", str(tmp_path / "run")]) == 2
     assert "error: the ranks differ in the step they go on from" in capsys.readouterr().err
+
+
+def test_the_mutants_are_of_the_present_code():
+    """tests/mutants.py, which is run by hand, changes lines that are there once."""
+    for what, file, old, _, _ in mutants.MUTANTS:
+        assert (ROOT / file).read_text().count(old) == 1, what
