@@ -163,10 +163,16 @@ def test_no_data_is_fetched_for_two_questions(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--steps 3", "--params 13", "--eval-data math500", "--out x",
-                                  "--eval-only", "--algo sft"])
+                                  "--eval-only", "--algo sft", "--seed 0"])
 def test_flags_that_mean_nothing_to_a_chat(flag, capsys):
     assert train.main(["--chat", *flag.split()]) == 2
     one_error(capsys, "leave it out")
+
+
+@pytest.mark.parametrize("flag", ["--steps 3", "--seed 0", "--lr 0.1"])
+def test_flags_that_mean_nothing_to_an_evaluation(flag, capsys):
+    assert train.main(["--eval-only", *flag.split()]) == 2
+    one_error(capsys, f"{flag.split()[0]} means nothing to --eval-only: leave it out")
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path, capsys, monkeypatch):
