@@ -230,6 +230,24 @@ def test_solutions_are_a_rollout():
     assert other.prompts[0] == run.chat.prompt(rows[0]["question"] + " Go!", "Be brief.")
 
 
+def test_an_sft_step_takes_the_mini_batches_in_turn_each_at_its_rate(monkeypatch):
+    rows = gsm8k.load(str(TOY))[0][:4]
+    run = sft_run(minibatches=2)
+    run.model = run.engine = None
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    seen = []
+
+    def update(model, optimizer, batch, args, engine, loss):
+        seen.append((optimizer.param_groups[0]["lr"], batch.prompts))
+        assert loss is sft.sft_loss
+        return {"loss": len(seen)}
+
+    monkeypatch.setattr(grpo, "update", update)
+    rollout, scores, updates = sft.step(run, optimizer, rows, [0.1, 0.2])
+    assert seen == [(0.1, rollout.prompts[:2]), (0.2, rollout.prompts[2:])]
+    assert scores == {} and updates == [{"loss": 1}, {"loss": 2}]
+
+
 def test_sft_learns_the_solutions(tmp_path):
     """The likelihood of what it learns from goes up."""
     out = tmp_path / "run"
@@ -270,9 +288,10 @@ def test_es_climbs_a_known_hill():
         return None, {"strict": torch.ones(len(rows))}
 
     run = es_run(model)
-    optimizer = torch.optim.AdamW([v], lr=0.05, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([v], lr=1.0, weight_decay=0.0)
     start = v.detach().clone()
     _, scores, updates = es.step(run, optimizer, [{}] * 64, list(range(64)), [0.05], roll_out, hill)
+    assert optimizer.param_groups[0]["lr"] == 0.05
     plus = seen["values"][0::2]
     minus = seen["values"][1::2]
     torch.testing.assert_close((plus + minus) / 2, start.expand_as(plus), atol=1e-6, rtol=0)
