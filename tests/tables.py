@@ -158,6 +158,22 @@ def thirteen_table():
                   "length of v", "entropy at the end"), rows)
 
 
+def random_v():
+    """Random values of 13 numbers, the best of them on the test questions."""
+    drawn = json.loads((ROOT / "results" / "random-v" / "random_v.json").read_text())
+    s = RUNS["random-v"]
+    base = RUNS[ARITHMETIC[0]]
+    scores = [v["score"] for v in drawn["v"]]
+    text = (f"Of {len(scores)} random v's of standard deviation {drawn['sd']:g}, "
+            f"{sum(score > drawn['base'] for score in scores)} gets more of {drawn['problems']} "
+            f"training questions right than the untrained model ({max(scores):.3f}; untrained "
+            f"{drawn['base']:.3f}; median {median(scores):.3f}; greedy). On the test questions "
+            f"that one has {s['lenient']:.3f} greedy and {s['sampled_lenient']:.3f} at T = 1, "
+            f"where the untrained model has {base['base_lenient']:.3f} and "
+            f"{base['base_sampled_lenient']:.3f}.")
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
 def smollm2_table():
     s = RUNS["smollm2-mawps"]
     checked = json.loads((ROOT / "results/smollm2-mawps/check_base.json").read_text())
@@ -228,6 +244,7 @@ if ARITHMETIC:
     GENERATED["forgetting"] = forgetting_table
     GENERATED["thirteen"] = thirteen_table
     GENERATED["anywhere"] = anywhere_table
+    GENERATED["random-v"] = random_v
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)

@@ -143,6 +143,8 @@ def test_commands_parse(command):
     elif words[:2] == ["python", "-m"]:
         if words[2] == "tools.shuffled":  # takes train.py's flags
             check_train([word for word in words[3:] if word != "..."])
+        elif "--" in words:  # after it, too
+            check_train(words[words.index("--") + 1:])
         elif words[2] != "pytest":
             check_other(ROOT / (words[2].replace(".", "/") + ".py"), words[3:])
     else:
