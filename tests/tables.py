@@ -19,6 +19,7 @@ FIGURES = ROOT / "results" / "figures"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
 CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
             "arithmetic-format": "for the answer format only"}
+FORGOTTEN = ("careful", "hasty", "guess")  # the styles that a system message can ask for
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
 
 
@@ -109,6 +110,22 @@ def forgetting_table():
         rows.append((RUNS[name]["seed"], *cells, *paired(name, "two_digit.jsonl")))
     return table(("seed", *(f"nats a token, {text.removeprefix('prose, ')}" for text in loss),
                   "two-digit sums, greedy: from, to (p)", "T = 1: from, to (p)"), rows)
+
+
+def toy_forgetting_table():
+    """What the toy's runs changed beside the plain questions: a row a run."""
+    rows = []
+    for name in (*SEEDS, "compare-lora"):
+        found = json.loads((ROOT / "results" / name / "forgetting.json").read_text())
+        losses = [f"{x['after'] - x['before']:+.3f} +- {x['error']:.3f}"
+                  for x in (found["loss"][f"{style}, answers"] for style in FORGOTTEN)]
+        asked = [f"{side['before'][key]:.2f}, {side['after'][key]:.2f}"
+                 for style, key in (("careful", "strict"), ("hasty", "hasty"), ("guess", "guess"))
+                 for side in [found["asked"][style]["T = 1"]]]
+        label = f"13 numbers, seed {RUNS[name]['seed']}" if name in SEEDS else "LoRA, r = 1"
+        rows.append((label, *losses, *asked))
+    return table(("trained", *(f"nats a token, {style}" for style in FORGOTTEN),
+                  "told to be careful: right", "to be hasty: is", "to guess: does"), rows)
 
 
 def arithmetic_table():
@@ -232,7 +249,7 @@ def styles_table():
     return styles.markdown(json.loads((FIGURES / "HEADLINE.styles.json").read_text()))
 
 
-GENERATED = {"ability": ability, "own": own_solutions,
+GENERATED = {"toy-forgetting": toy_forgetting_table, "ability": ability, "own": own_solutions,
              "claim": claim, "real": real, "seeds": seeds_table,
              "verdicts": verdicts.table, "lines": verdicts.lines,
              "spread": spread, "styles": styles_table, "smollm2": smollm2_table,

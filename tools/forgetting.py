@@ -19,6 +19,7 @@ that of the change: texts before and after are paired.
 Another task is forgotten, or not, by the command that evaluates any adapter, once with it and once
 without:   python train.py --eval-only --adapter ADAPTER --model M --data D [--task T]
 """
+import os
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -212,7 +213,7 @@ def parse(argv):
     cli = Parser(prog="python -m tools.forgetting", description=__doc__, allow_abbrev=False,
                  formatter_class=RawDescriptionHelpFormatter)
     cli.add_argument("adapter", metavar="ADAPTER")
-    cli.add_argument("--model", default=str(TOY), help="the model before (the toy)")
+    cli.add_argument("--model", default=os.path.relpath(TOY), help="the model before (the toy)")
     cli.add_argument("--text", action="append", help="a file of prose; may be repeated")
     cli.add_argument("--count", type=count, default=500, help="test problems of the toy (500)")
     cli.add_argument("--device", default="", help="cpu, cuda or cuda:1 (cuda if there is one)")
