@@ -19,13 +19,13 @@ def write(folder, responses, modes=(False, True), answer="1 + 6 = 7\n#### 7"):
 
 def test_shares(tmp_path, capsys):
     """The last evaluation's rows alone, no rollouts; "#### 3" hides no 7, "10-7" ends in 7."""
-    before = write(tmp_path / "before", ["7 and 8 #### 3", "17", "", "10-7"])
+    before = write(tmp_path / "before", ["7 and 8 #### 3", "17", "", "10-7", "8 or 7"])
     after = write(tmp_path / "after", ["7", "7.0 it is"])
     assert anywhere.main([after, before]) == 0
     greedy, sampled = map(json.loads, capsys.readouterr().out.splitlines())
     assert greedy["mode"] == "greedy" and sampled["mode"] == "T = 1"
     assert greedy["before"] == sampled["before"] == {
-        "n": 4, "lenient": 0.5, "anywhere": 0.5, "last": 0.25, "numbers": 1.5}
+        "n": 5, "lenient": 0.6, "anywhere": 0.6, "last": 0.4, "numbers": 1.6}
     assert greedy["after"] == {
         "n": 2, "lenient": 0.5, "anywhere": 1.0, "last": 1.0, "numbers": 1.0}
 

@@ -170,3 +170,15 @@ def test_sizes_that_never_get_there_or_gain_nothing_tell_nothing(monkeypatch):
                 made["runs"][key]["params"] = int(setting["name"].split()[1].replace("peak", "500"))
         monkeypatch.setattr(verdicts, "document", {"F3": made}.get)
         assert verdicts.larger_fewer()[1] == "cannot be told"
+
+
+def test_the_best_of_the_other_ranks_counts(monkeypatch):
+    made = sweep({"r = 1": (0.2, 0.2), "r = 2": (0.6, 0.4), "r = 4": (0.4, 0.3), "r = 8": (0.9, 0.3)})
+    monkeypatch.setattr(verdicts, "document", {"F7": made}.get)
+    assert verdicts.rank_two()[1] == "holds sampled, not greedy"
+
+
+def test_a_curve_that_begins_above_may_need_less():
+    assert verdicts.limits(("<", 10)) == (0, 10)
+    assert verdicts.limits(("", 10)) == (10, 10)
+    assert verdicts.limits((">", 10)) == (10, math.inf)
