@@ -173,7 +173,8 @@ def test_sizes_that_never_get_there_or_gain_nothing_tell_nothing(monkeypatch):
 
 
 def test_the_best_of_the_other_ranks_counts(monkeypatch):
-    made = sweep({"r = 1": (0.2, 0.2), "r = 2": (0.6, 0.4), "r = 4": (0.4, 0.3), "r = 8": (0.9, 0.3)})
+    made = sweep({"r = 1": (0.2, 0.2), "r = 2": (0.6, 0.4), "r = 4": (0.4, 0.3),
+                  "r = 8": (0.9, 0.3)})
     monkeypatch.setattr(verdicts, "document", {"F7": made}.get)
     assert verdicts.rank_two()[1] == "holds sampled, not greedy"
 
