@@ -38,14 +38,24 @@ STRICT = re.compile(rf"####[ \t]*({PLAIN_NUMBER})")
 ANY = re.compile(NUMBER)
 
 
+def plain_text(text):
+    """The typographic minus, LaTeX's dollar and thin spaces (1 800) made ordinary ones, or none."""
+    text = text.replace("\u2212", "-").replace("\\$", "$")
+    return re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)
+
+
+def every_number(text):
+    """The numbers of a plain text, as they stand there. A minus after a number or a word is a
+    subtraction or a hyphen: "10-3" ends in 3, not -3."""
+    return ANY.findall(re.sub(r"(?<=[\w)])-(?=[0-9])", " ", text))
+
+
 def extract_answer(text, strict=True):
     """The answer that a text gives, as a canonical number, or None; see the module docstring."""
-    text = text.replace("\u2212", "-").replace("\\$", "$")  # the typographic minus; LaTeX's dollar
-    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)  # thin spaces: 1 800
+    text = plain_text(text)
     found = STRICT.findall(text[-300:])
     if not found and not strict:
-        # a minus after a number or a word is a subtraction or a hyphen: "10-3" ends in 3, not -3
-        found = ANY.findall(re.sub(r"(?<=[\w)])-(?=[0-9])", " ", text))
+        found = every_number(text)
     return canonical(found[-1]) if found else None
 
 

@@ -58,7 +58,7 @@ RECIPE = [
     ("grad-clip", 1.0, positive, "largest gradient norm"),
     ("reward", None, str, "the score to learn from (the task's first: strict)"),
 ]
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 16 x the fork's 1e-5
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
 SAMPLED = (False, True)  # the first and last evaluations: greedy, then at T = 1
 
 

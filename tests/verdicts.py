@@ -28,10 +28,14 @@ def document(figure):
     return found if found.get("settings") else None
 
 
+def runs_of(document, name):
+    setting = next(s for s in document["settings"] if s["name"] == name)
+    return [document["runs"][key] for key in setting["runs"]]
+
+
 def scores(document, name, mode, which="final", score="strict"):
     """The seeds' scores of a setting."""
-    setting = next(s for s in document["settings"] if s["name"] == name)
-    return [document["runs"][key][which][mode][score] for key in setting["runs"]]
+    return [run[which][mode][score] for run in runs_of(document, name)]
 
 
 def gains(document, name, score="strict"):
@@ -76,8 +80,7 @@ def told(document, weights, mode, constant=0.0):
 def evaluation_variance(document, name, mode):
     """p (1 - p) / n of a setting's mean score p."""
     share = mean(scores(document, name, mode))
-    setting = next(s for s in document["settings"] if s["name"] == name)
-    return share * (1 - share) / document["runs"][setting["runs"][0]]["count"]
+    return share * (1 - share) / runs_of(document, name)[0]["count"]
 
 
 def better(document, pairs):

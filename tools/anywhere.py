@@ -10,13 +10,12 @@ any place; `last`, the share whose last number is right, whatever stands after "
 numbers a response has, as more numbers find the right one sooner.
 """
 import json
-import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import mean
 
-from gsm8k import ANY, canonical, extract_answer
+from gsm8k import canonical, every_number, extract_answer, plain_text
 from support.errors import InputError
 from support.files import read_jsonl
 from support.flags import Parser
@@ -25,8 +24,8 @@ from support.scores import MODES
 
 
 def numbers(text):
-    """Every number of a text, canonical; a minus after a number or a word is a subtraction."""
-    return [canonical(word) for word in ANY.findall(re.sub(r"(?<=[\w)])-(?=[0-9])", " ", text))]
+    """Every number of a text, canonical, as the lenient score reads them."""
+    return [canonical(word) for word in every_number(plain_text(text))]
 
 
 def shares(folder):

@@ -58,7 +58,8 @@ def progress(setting, splits, runs, spec, seeds):
         missing = [r for k in places for r in grid[k] if r["key"] not in runs]
         if missing:
             return missing, None
-        means = {k: sum(accuracy(runs[r["key"]]) for r in grid[k]) / len(tuning) for k in places}
+        means = {k: sum(sweep_table.accuracy(runs[r["key"]]) for r in grid[k]) / len(tuning)
+                 for k in places}
         best = best_place(means)
         if best not in (places[0], places[-1]) or len(places) == MOST_RATES:
             break
@@ -73,11 +74,6 @@ def progress(setting, splits, runs, spec, seeds):
 
 def rate(middle, k):
     return float(f"{middle * FACTOR**k:.3g}")
-
-
-def accuracy(run):
-    """The validation accuracy by which rates are chosen."""
-    return sum(run["final"][mode][run["score"]] for mode in MODES) / len(MODES)
 
 
 def best_place(means):
