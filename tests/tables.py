@@ -267,6 +267,9 @@ for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
 if "F3" in GENERATED:
     GENERATED["needed"] = lambda: needed.markdown(sweep_table.load(FIGURES / "F3.runs.json"))
+if "CURVE" in GENERATED:
+    GENERATED["half"] = lambda: needed.markdown(sweep_table.load(FIGURES / "CURVE.runs.json"),
+                                                (0.5, 0.9), "LoRA")
 if {"F1", "F2"} <= GENERATED.keys():
     GENERATED["factor"] = lambda: factor.markdown(
         *(sweep_table.load(FIGURES / f"{name}.runs.json") for name in ("F1", "F2")),

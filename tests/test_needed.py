@@ -62,6 +62,24 @@ def test_a_seed_that_never_gets_there():
     assert [sign for sign, _ in seeds] == ["", ">"]
 
 
+def test_shares_of_one_series_gain(tmp_path, capsys):
+    """LoRA's best has a gain of 0.6, so half is 0.5: between 10 and 100 numbers, though another
+    setting ends higher. The settings' order in the file does not matter."""
+    path = sweep(tmp_path / "x", {
+        "LoRA": [(900, [0.7, 0.7]), (800, [0.8, 0.8])],
+        "TinyLoRA": [(10, [0.3, 0.3]), (1, [0.4, 0.2])],
+        "LoRA-XS": [(100, [0.9, 0.5])]})
+    assert needed.main([path, "--of", "LoRA", "--share", "0.5", "0.9"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert "| peak of LoRA | numbers for 50% | numbers for 90% |" in rows[0]
+    middle = 10 * 10 ** (0.2 / 0.4)  # the means are 0.3, 0.3, 0.7
+    first = 10 * 10 ** (0.1 / 0.5)  # from 0.4 with 1 number, not from the dip to 0.3
+    assert rows[2].startswith(f"| greedy | all settings | 0.200 | 0.800 | {middle:.0f} ({first:.0f}"
+                              f" to 100) | ")
+    assert needed.main([path, "--of", "lora"]) == 2
+    one_error(capsys, "no series 'lora'; there are LoRA, TinyLoRA, LoRA-XS")
+
+
 def test_an_unfinished_sweep_is_refused(tmp_path, capsys):
     (tmp_path / "x").write_text('{"settings": []}')
     assert needed.main([str(tmp_path / "x")]) == 2
