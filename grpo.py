@@ -5,19 +5,20 @@
     temperature [1.0], from the full softmax: no top-k, no top-p. model.logits drops, for both
     sampler and trainer, the ids that the tokenizer lacks.
  2. Each prompt is prefilled once and its cache copied to the group. A response ends with the first
-    stop token (see Chat), which is part of it: stopping is learned like any other token. One that
-    is cut at the limit counts like any other.
+    stop token (support/chat_format.py), which is part of it: stopping is learned like any other
+    token. A response that is cut at the limit counts like any other.
  3. Randomness is one uniform number per row and token, given by the caller (a numpy RandomState per
     row) and turned into a token through the inverse CDF: a row's text depends, up to rounding,
     neither on what shares its batch nor on the machine.
  4. The sampler IS the trainer's policy: the same weights and formula, nothing merged, sums in
     another order. So the old log-probs are the sampler's, at the same temperature. Their mean
     |difference| from the trainer's, before a step's first update, is logged as `gap`: rounding.
+    [vLLM, merged weights, corrected by truncated importance sampling, cap 2]
  5. Advantage A = (reward - group mean) / (group std + 1e-6), sample std; exactly 0 in a group of
     equal rewards.
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, ratio = new / old
     probability, summed and divided by ONE number, the count of response tokens in the mini-batch
-    (as DAPO): every token weighs alike in it, and the gradient is one for any micro-batch size.
+    (as DAPO). So all tokens have the same weight, however the rows are cut into micro-batches.
  7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
     the policy that training started from (the base model or --adapter), to each token's loss.
  8. A step's problems are split into mini-batches [2 of 32 problems], one Adam update each [AdamW
@@ -78,9 +79,9 @@ class Rollout:
         """Rollouts one below the other, padded to the longest response."""
         width = max(chunk.ids.shape[1] for chunk in chunks)
         stacked = {}
-        for name in ("ids", "mask", "logp"):
-            parts = [getattr(chunk, name) for chunk in chunks]
-            stacked[name] = torch.cat([F.pad(x, (0, width - x.shape[1])) for x in parts])
+        for name in ("ids", "mask", "logp"):  # as generated: nothing else is set yet
+            tensors = [getattr(chunk, name) for chunk in chunks]
+            stacked[name] = torch.cat([F.pad(x, (0, width - x.shape[1])) for x in tensors])
         prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
         return Rollout(prompts, **stacked, temperature=chunks[0].temperature)
 
@@ -217,73 +218,72 @@ def k3(logp, ref_logp):
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
-def grpo_loss(logp, rollout, denominator, args):
-    """Items 6 and 7 of the spec, a scalar. logp (B, T): the trainer's, of the same rows."""
-    advantage = rollout.advantage[:, None]  # (B, 1)
-    ratio = (logp - rollout.logp).exp()  # (B, T)
+def grpo_loss(logp, batch, denominator, args):
+    """Items 6 and 7 of the spec, a scalar. logp (B, T): the trainer's, of the rows of `batch`."""
+    advantage = batch.advantage[:, None]  # (B, 1)
+    ratio = (logp - batch.logp).exp()  # (B, T)
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if args.kl > 0:
-        loss = loss + args.kl * k3(logp, rollout.ref_logp)
-    return torch.where(rollout.mask, loss, 0.0).sum() / denominator
+        loss = loss + args.kl * k3(logp, batch.ref_logp)
+    return torch.where(batch.mask, loss, 0.0).sum() / denominator
 
 
 @torch.no_grad()
-def statistics(logp, rollout, args):
-    """Sums over a micro-batch's tokens, (4,) fp64: tokens, |logp - old logp|, clipped ones, k3."""
-    mask = rollout.mask
-    delta = (logp - rollout.logp)[mask]  # (N,)
-    advantage = rollout.advantage[:, None].expand_as(mask)[mask]  # (N,)
+def statistics(logp, batch, args):
+    """Sums over the tokens of `batch`, (4,) fp64: 1, |logp - old logp|, 1 if it is clipped, k3."""
+    mask = batch.mask
+    delta = (logp - batch.logp)[mask]  # (N,)
+    advantage = batch.advantage[:, None].expand_as(mask)[mask]  # (N,)
     too_high = (advantage > 0) & (delta.exp() > 1 + args.clip_high)
     too_low = (advantage < 0) & (delta.exp() < 1 - args.clip_low)
-    clipped = (too_high | too_low).sum()
-    kl = k3(logp, rollout.ref_logp)[mask].sum() if args.kl > 0 else delta.new_zeros(())
-    return torch.stack([x.double() for x in (mask.sum(), delta.abs().sum(), clipped, kl)])
+    n_clipped = (too_high | too_low).sum()
+    kl = k3(logp, batch.ref_logp)[mask].sum() if args.kl > 0 else delta.new_zeros(())
+    return torch.stack([x.double() for x in (mask.sum(), delta.abs().sum(), n_clipped, kl)])
 
 
-def accumulate(part, rollout, index, budget):
-    """The sums of part(micro-batch), a list of tensors, over micro-batches of the rows in `index`.
+def accumulate(terms_of, mini_batch, index, budget):
+    """Cut the rows in `index` into micro-batches; add up the tensors terms_of(micro_batch) returns.
 
-    A micro-batch has as many rows as fit into `budget` tokens, padding counted, or one.
+    A micro-batch has as many rows as fit into `budget` tokens, with padding, or one. No rows: None.
     """
-    lengths = rollout.mask.sum(1).tolist()
+    lengths = mini_batch.mask.sum(1).tolist()
     index = sorted(index, key=lambda row: -lengths[row])  # rows of like length: little padding
-    longest = max(map(len, rollout.prompts))
-    total = None
+    longest = max(map(len, mini_batch.prompts))
+    sums = None
     while index:
         size = max(1, budget // (longest + lengths[index[0]]))
-        parts = part(rollout.rows(index[:size]))
-        total = parts if total is None else [x + y for x, y in zip(total, parts)]
+        terms = terms_of(mini_batch.rows(index[:size]))
+        sums = terms if sums is None else [x + y for x, y in zip(sums, terms)]
         index = index[size:]
-    return total
+    return sums
 
 
-def update(model, optimizer, rollout, args, engine, loss=grpo_loss):
+def update(model, optimizer, mini_batch, args, engine, loss=grpo_loss):
     """One Adam update from one mini-batch, at the learning rate set in the optimizer.
 
     args: clip_low, clip_high, kl, grad_clip, v_dtype, tokens_per_micro_batch and recompute of
     train.py's flags. engine: the module with logprobs and accumulate, this one or fast.
-    Returns this rank's statistics and loss, and the gradient's norm.
+    Returns this rank's "sums" (see statistics) and "loss" (logged for SFT), and "grad_norm".
     """
     params = optimizer.param_groups[0]["params"]
-    [tokens] = ranks.total(int(rollout.mask.sum()))  # over all ranks: one gradient for any number
-    denominator = max(tokens, 1)
-    index = [i for i, a in enumerate(rollout.advantage.tolist()) if args.kl > 0 or a != 0]
+    [tokens] = ranks.total(int(mini_batch.mask.sum()))  # of all ranks: gradients add up
+    index = [i for i, a in enumerate(mini_batch.advantage.tolist()) if args.kl > 0 or a != 0]
 
-    def part(batch):  # what a micro-batch adds: a gradient per parameter, then statistics and loss
-        logp = engine.logprobs(model, batch, args.recompute)
-        value = loss(logp, batch, denominator, args)
+    def terms_of(micro_batch):  # of the sums: a gradient per parameter, statistics, loss
+        logp = engine.logprobs(model, micro_batch, args.recompute)
+        value = loss(logp, micro_batch, tokens, args)
         gradients = torch.autograd.grad(value, params)
-        return [*gradients, statistics(logp, batch, args), value.detach().double()]
+        return [*gradients, statistics(logp, micro_batch, args), value.detach().double()]
 
-    total = engine.accumulate(part, rollout, index, args.tokens_per_micro_batch)
-    if total is None:  # no row had a signal; Adam still moves v by its momentum
-        total = [torch.zeros_like(p) for p in params] + [torch.zeros(4), torch.zeros(())]
-    *gradients, sums, value = total
+    sums = engine.accumulate(terms_of, mini_batch, index, args.tokens_per_micro_batch)
+    if sums is None:  # no row had a signal; Adam still moves v by its momentum
+        sums = [torch.zeros_like(p) for p in params] + [torch.zeros(4), torch.zeros(())]
+    *gradients, counted, value = sums
     for p, gradient in zip(params, gradients):
         p.grad = gradient
     norm = optimizer_step(optimizer, args)
-    return {"sums": sums.tolist(), "loss": value.item(), "grad_norm": norm}
+    return {"sums": counted.tolist(), "loss": value.item(), "grad_norm": norm}
 
 
 def optimizer_step(optimizer, args):

@@ -7,15 +7,16 @@ W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs)
 are fixed random r x r matrices, different for every module. v is all that is trained: u numbers for
 each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
 13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
-the base model bit for bit. Nothing is merged into W: rounded to bf16, most weights would not take
-the change (merging and unmerging one alters about 17% of them: TRL #6688).
+the base model bit for bit. Nothing is merged into W: in bf16 a small change is rounded away (and
+merging an adapter and taking it out again alters about 17% of the weights: TRL #6688).
 
-SCALE. The paper gives neither P's distribution nor a scale, and implementations differ. Adam moves
-v by about lr an update whatever the gradient's size, so what counts is lr x scale:
+SCALE. The paper gives neither P's distribution, v's start, a scale nor the modules' order. A new P
+for every module and v = 0 are ours; in the authors' fork modules with equal min(in, out) have one
+P, and v starts at N(0, 1e-5). Adam moves v by about lr an update, so what counts is lr x scale:
 
     implementation   delta W                               P entries   an update moves R by about
     this file        U S R V^T                             N(0, 1)     lr: hence the 1/sqrt(u)
-    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16 lr, at the front
+    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     lr, then 16 times
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   sqrt(u/r) lr
 
 With S left of R, right of it or on both sides, entry (i, j) of R is weighted by s_i, s_j or
@@ -29,7 +30,7 @@ fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is 
 numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
 from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
 and bf16, tells whether it is that model. Another processor, engine or dtype rounds the SVD in
-another way.
+another way: there the model is the same up to rounding.
 """
 import math
 import sys
@@ -46,25 +47,11 @@ from support.checkpoint import fingerprint
 from support.directions import ALL, pick
 from support.errors import InputError
 from support.files import replacing, sorted_header
+from support.scaling import scaled
 
 # A block's modules, in the order in which they are numbered and tied.
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def scaled(W):
-    """(W / 2**e in fp32, e): near fp32's limits solvers fail; a power of two rounds nothing.
-
-    Weights of ordinary size have e = 0. InputError: W holds NaN or infinity.
-    """
-    W = W.float()
-    largest = torch.stack(W.aminmax()).abs().max().item()
-    if not math.isfinite(largest):
-        raise InputError("the weight holds NaN or infinity: the checkpoint is damaged")
-    e = math.frexp(largest)[1]
-    if -20 < e < 20:
-        return W, 0
-    return W * 2.0 ** (-e // 2) * 2.0 ** (-e - -e // 2), e  # at once it might be infinity
 
 
 @torch.no_grad()
@@ -78,7 +65,7 @@ def truncated_svd(W, rank):
     m, n = W.shape
     if W.is_meta:  # shapes are enough to count the trainable numbers of a 7B model
         return W.new_empty(m, rank), W.new_empty(rank), W.new_empty(n, rank), 0.0
-    W, e = scaled(W)
+    W, e = scaled(W)  # 2**e is taken out of W where fp32 may fail
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     U = U[:, :rank]
     S = (S[:rank].double() * 2.0**e).float()
@@ -93,7 +80,7 @@ def svd(weights, rank):
 
 
 class TinyLoRALinear(nn.Module):
-    """A frozen nn.Linear plus U S R V^T.
+    """A frozen nn.Linear plus U S R V^T. After a change here: --engine plain, or change fast/, too.
 
     v (ties, u) is one Parameter, shared by all modules of the model; this module reads row `tie`.
     P (u, r, r), with its 1/sqrt(u) if any. factors: U, S, V and residual of truncated_svd.
@@ -124,9 +111,9 @@ class TinyLoRALinear(nn.Module):
 def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
-    Every seed here has four words, the first for its use (1 P, 2 the problems' order, 3 sampling,
-    4 evaluation, 5 LoRA's A, 6 ES, 8 directions, from 9 tools/): numpy repeats short ones, [5, 3]
-    and [5, 3, 3, 1] are one stream.
+    Keys of streams have four words, the first for its use: 1 P, 2 the problems' order, 3 sampling,
+    4 evaluation, 5 LoRA's A, 6 ES, 7 the fast engine's check, 8 directions, from 9 tools/. numpy
+    fills shorter keys up: [5, 3] and [5, 3, 3, 1] are one stream.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -136,6 +123,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """Which tie each of the 7 * layers modules belongs to: (tie of each module, ties, u, n_tie).
 
     Trained numbers = ties x u; params: how many are wanted (None: 13, or what n_tie and u make).
+    n_tie, the paper's name, is the size of a tie, not their number. tying is the flag --tie.
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
     wanted number of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties
@@ -143,7 +131,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     the number of ties is the largest divisor of params up to that. InputError: no such plan.
     """
     # `kinds` sequences of `length` modules each are cut into ties
-    kinds, length = (1, 7 * layers) if tying == "tiled" else (7, layers)
+    kinds, length = (1, len(TARGETS) * layers) if tying == "tiled" else (len(TARGETS), layers)
     if n_tie is not None:
         ties = kinds * math.ceil(length / n_tie)
         u = u or max(1, (params or ties) // ties)
@@ -169,7 +157,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
         sequence = [i * per_kind // length for i in range(length)]
     if tying == "tiled":
         return sequence, ties, u, n_tie
-    tie_of = [kind * per_kind + sequence[layer] for layer in range(layers) for kind in range(7)]
+    tie_of = [kind * per_kind + sequence[layer] for layer in range(layers) for kind in range(kinds)]
     return tie_of, ties, u, n_tie
 
 
@@ -192,7 +180,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
         u = rank * rank
         n_tie = 1
     tie_of, ties, u, n_tie = plan(len(model.layers), params, u, n_tie, tying)
-    check_size(model, 7 * len(model.layers), rank, u)
+    check_size(model, len(TARGETS) * len(model.layers), rank, u)
 
     model.requires_grad_(False)
     like = model.embed_tokens.weight
@@ -200,6 +188,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     v = nn.Parameter(torch.zeros(ties, u, dtype=torch.float32, device=like.device))
     places = [(layer, target) for layer in model.layers for target in TARGETS]
     linears = [layer.get_submodule(target) for layer, target in places]
+    # ALL: every singular direction, for support/directions.py to choose from
     factors = svd([linear.weight for linear in linears], rank if directions == "top" else ALL)
     bar = tqdm(places, desc="SVD", unit="matrix", leave=False, disable=None)  # None: off in a pipe
     for index, (layer, target) in enumerate(bar):
@@ -208,8 +197,8 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
         else:
             P = random_P(u, rank, seed, index)
         try:
-            own = pick(next(factors), directions, rank, seed, index)
-            module = TinyLoRALinear(linears[index], v, tie_of[index], P, own)
+            triplets = pick(next(factors), directions, rank, seed, index)
+            module = TinyLoRALinear(linears[index], v, tie_of[index], P, triplets)
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
         layer.set_submodule(target, module)
@@ -245,7 +234,7 @@ def load(path, model, svd=svd):
         adapt(model, stored.numel(), wanted["u"], wanted["n_tie"] or None, wanted["tie"],
               wanted["rank"], wanted["seed"], wanted["method"], svd,
               wanted.get("directions", "top"))
-    v = model.layers[0].self_attn.q_proj.v
+    v = model.layers[0].get_submodule(TARGETS[0]).v
     v.copy_(stored.view_as(v))
     return v
 

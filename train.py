@@ -70,19 +70,23 @@ class Run:
     chat: Chat  # tokenizer and chat template
     task: object  # gsm8k, or --task
     score_names: list
-    engine: object  # the module with generate, logprobs, accumulate, svd: grpo, or fast
+    engine: object  # the module with generate, logprobs, accumulate, svd (for adapt): grpo or fast
+
+    def prompt_ids(self, problem):  # the task's prompt in the chat template
+        text = self.task.prompt(problem, self.args.instruction)
+        return self.chat.prompt(text, self.args.system)
 
 
-def pick(step, problems, args):
-    """What step `step` (from 0) takes: positions in an endless row of shuffled epochs, and the
-    problem at each; seeds: tinylora.random_P. Each rank (process) has its share.
-    """
+def problems_of_step(step, problems, args):
+    """(positions, problems) of a step, from 0. All epochs, each shuffled anew, make one long row; a
+    position is a place in it. Of every mini-batch each rank (process) has a part."""
     total = len(problems)
-    per_batch = args.prompts // args.minibatches
+    size = args.prompts // args.minibatches
     positions = []
     for k in range(args.minibatches):
-        first = step * args.prompts + k * per_batch
-        positions += range(first, first + per_batch)[ranks.share(per_batch)]
+        first = step * args.prompts + k * size
+        mini_batch = range(first, first + size)
+        positions += mini_batch[ranks.share(size)]
     orders = {epoch: np.random.RandomState([2, args.seed, epoch, 0]).permutation(total)
               for epoch in {position // total for position in positions}}
     return positions, [problems[orders[p // total][p % total]] for p in positions]
@@ -100,35 +104,32 @@ def roll_out(run, problems, group, noise, temperature, label, **more):
     noise: (problems x group, max_new_tokens). more: a v for every problem (methods/es.py).
     """
     args = run.args
-    texts = [run.task.prompt(problem, args.instruction) for problem in problems]
-    prompts = [run.chat.prompt(text, args.system) for text in texts]
+    prompts = [run.prompt_ids(problem) for problem in problems]
     chunk = max(1, args.rollout_rows // group)
-    parts = []
+    rollouts = []
     with LiveBar(label, len(prompts) * group, args.max_new_tokens) as bar:
         for start in range(0, len(prompts), chunk):
-            part = slice(start, start + chunk)
+            some = slice(start, start + chunk)  # of the prompts
             rows = slice(start * group, (start + chunk) * group)
-            extra = {name: values[part] for name, values in more.items()}
-            bar.start_chunk(len(prompts[part]) * group)
-            parts.append(run.engine.generate(
-                run.model, prompts[part], group, args.max_new_tokens, run.chat.stop_ids,
+            extra = {name: values[some] for name, values in more.items()}
+            bar.start_chunk(len(prompts[some]) * group)
+            rollouts.append(run.engine.generate(
+                run.model, prompts[some], group, args.max_new_tokens, run.chat.stop_ids,
                 temperature, noise[rows], bar.progress, **extra))
             bar.end_chunk()
-    return grpo.Rollout.join(parts)
+    return grpo.Rollout.join(rollouts)
 
 
 def score(run, rollout, problems):
     """(texts, {name: (B,) tensor}): the responses as text, and what the task says of each."""
     group = len(rollout.prompts) // len(problems)
-    ids = rollout.ids.cpu()
-    mask = rollout.mask.cpu()
-    texts = [run.chat.decode(i, m) for i, m in zip(ids, mask)]
+    texts = [run.chat.decode(i, m) for i, m in zip(rollout.ids.cpu(), rollout.mask.cpu())]
     scores = [run.task.score(text, problems[i // group]) for i, text in enumerate(texts)]
     return texts, {name: torch.tensor([float(s[name]) for s in scores]) for name in run.score_names}
 
 
 def evaluate(run, problems, label, step, sampled=False):
-    """Fixed problems, greedy or at T = 1 with fixed noise -> {score or "length": mean}."""
+    """Fixed problems, greedy or at T = 1 with fixed noise -> a result, see support/scores.py."""
     start = time.time()
     label = f"{label} at T = 1" if sampled else f"{label}, greedy"
     numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's
@@ -140,11 +141,11 @@ def evaluate(run, problems, label, step, sampled=False):
         texts, scores = score(run, rollout, some)
         columns = [scores[name].tolist() for name in run.score_names]
         results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
-    texts, *columns = zip(*ranks.gather(results))
-    means = averages(problems, dict(zip(["length", *run.score_names], columns)))
-    report.write_samples(run, problems, texts, columns[1:], step, sampled)
-    print_evaluation(label, means, len(problems), time.time() - start, run.score_names)
-    return means
+    texts, lengths, *columns = zip(*ranks.gather(results))
+    result = averages(problems, {"length": lengths} | dict(zip(run.score_names, columns)))
+    report.write_samples(run, problems, texts, columns, step, sampled)
+    print_evaluation(label, result, len(problems), time.time() - start, run.score_names)
+    return result
 
 
 def adapt(model, args, engine):
@@ -155,9 +156,10 @@ def adapt(model, args, engine):
     elif args.adapter:
         params = [tinylora.load(args.adapter, model, engine.svd)]
     else:
-        params = [tinylora.adapt(
-            model, args.params, args.u, args.n_tie, args.tie or "tiled", args.rank or 2, args.seed,
-            args.method, engine.svd, args.directions or "top")]
+        given = {"rank": args.rank, "tying": args.tie, "directions": args.directions}
+        given = {name: value for name, value in given.items() if value is not None}
+        params = [tinylora.adapt(model, args.params, args.u, args.n_tie, seed=args.seed,
+                                 method=args.method, svd=engine.svd, **given)]
     report.check_adapted(model, params, args)
     return params
 
@@ -173,9 +175,8 @@ def save(model, params, args, model_folder):
 
 
 def grpo_step(run, optimizer, reference, problems, positions, rates):
-    """Sample, score, update: (Rollout of B = P * G rows, {name: scores (B,)}, [each update's row]).
-
-    positions: the problems', see pick. rates: a learning rate for each mini-batch.
+    """Sample, score, update: (Rollout of B = P * G rows, {name: scores (B,)}, updates: what each
+    grpo.update returned). positions: see problems_of_step. rates: one for each mini-batch.
     reference: the values that training began with, for --kl; else None.
     """
     args = run.args
@@ -188,22 +189,22 @@ def grpo_step(run, optimizer, reference, problems, positions, rates):
     rollout.advantage = advantage.flatten().to(rollout.ids.device)  # (B,)
 
     updates = []
-    for rate, batch in zip(rates, rollout.split(args.minibatches)):
+    for rate, mini_batch in zip(rates, rollout.split(args.minibatches)):
         optimizer.param_groups[0]["lr"] = rate
-        if args.kl > 0:
-            batch.ref_logp = reference_logprobs(run, batch, optimizer, reference)
-        updates.append(grpo.update(run.model, optimizer, batch, args, run.engine))
+        if args.kl > 0:  # the same forward pass with the values in `reference`
+            mini_batch.ref_logp = reference_logprobs(run, mini_batch, optimizer, reference)
+        updates.append(grpo.update(run.model, optimizer, mini_batch, args, run.engine))
     return rollout, scores, updates
 
 
 def train(run, params, optimizer, reference, state, train_problems, test_problems, log_elsewhere):
-    """The loop. Every step is logged; --resume goes on after the last one saved."""
+    """The loop, which keeps `state` for --resume; returns the final evaluations."""
     args = run.args
     out = Path(args.out)
     began = time.time() - state["seconds"]  # as if the run had never stopped
     for step in range(state["step"], args.steps):
         start = time.time()
-        positions, problems = pick(step, train_problems, args)
+        positions, problems = problems_of_step(step, train_problems, args)
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
         if args.algo == "grpo":
             done = grpo_step(run, optimizer, reference, problems, positions, rates)
@@ -224,7 +225,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
                   "seconds": time.time() - began}
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             resume.save(out, state, params, optimizer, reference)
-    final = [evaluate(run, test_problems, "evaluation", args.steps, mode) for mode in SAMPLED]
+    final = [evaluate(run, test_problems, "evaluation", args.steps, how) for how in SAMPLED]
     state["seconds"] = time.time() - began
     return final
 
@@ -253,8 +254,9 @@ def work(args):
         engine = importlib.import_module("fast") if args.engine == "fast" else grpo
         load = transformer.load
         if args.shard:
-            from fast.shard import in_parts, load
-            engine = in_parts(engine)
+            from fast import shard
+            load = shard.load
+            engine = shard.in_parts(engine)
         model = load(folder, tinylora.DTYPES[args.dtype], args.device)
         chat.limit_vocab(model)  # model.vocab: only ids that the tokenizer has
         choose_threads(model, args.device)
@@ -263,21 +265,19 @@ def work(args):
         resume.complete(settings, args, out, model, chat)
         run = Run(args, model, chat, task, score_names, engine)
         if args.engine == "fast":
-            texts = [task.prompt(problem, args.instruction) for problem in test_problems[:3]]
-            engine.check(model, [chat.prompt(text, args.system) for text in texts], chat.stop_ids)
+            engine.check(model, [run.prompt_ids(p) for p in test_problems[:3]], chat.stop_ids)
             if args.cuda_graph:
                 engine.use_graphs(model)
         if args.eval_only:
-            results = [evaluate(run, test_problems, "evaluation", 0, mode) for mode in SAMPLED]
+            results = [evaluate(run, test_problems, "evaluation", 0, how) for how in SAMPLED]
             return report.write_evaluation(run, results, len(test_problems), began)
 
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
         reference = [p.detach().clone() for p in params] if args.kl > 0 else None
         state = resume.load(out, params, optimizer, reference) if args.resume else None
-        if state is None:
-            base = [evaluate(run, test_problems, "evaluation", 0, mode) for mode in SAMPLED]
-            seconds = time.time() - began
-            state = {"step": 0, "tokens": 0, "seconds": seconds, "base": base, "slot": 1}
+        if state is None:  # a new run, or one that was stopped before it had any
+            base = [evaluate(run, test_problems, "evaluation", 0, how) for how in SAMPLED]
+            state = {"step": 0, "tokens": 0, "seconds": time.time() - began, "base": base}
             resume.save(out, state, params, optimizer, reference)
         ranks.agree(state["step"], "the step they go on from")
         with program.saving_on_error(save, model, params, args, folder):

@@ -16,6 +16,7 @@ import torch.nn as nn
 
 import grpo
 import model as plain_model
+from fast.forward import Held, project_one
 from fast.graph import use_graphs
 from fast.lanczos import svd
 from fast.sampling import generate
@@ -28,13 +29,16 @@ TOKENS = 6  # a response of the check
 # of the differences between log-probs. In bf16 it is 0.001 on the toy and 0.04 on a random model of
 # SmolLM2's shape; other mathematics make it 1 and more.
 MEAN_IN_16_BITS = 0.2
+OF_A_LAYER = 0.02  # of a layer's output: in bf16 it is at most 0.0053 on SmolLM2
+DIFFERENT = ("the fast engine computes other numbers than model.py, tinylora.py and grpo.py; if you "
+             "changed them, run with --engine plain")
 
 
-def nonzero_adapters(model):
-    """Inside the block the trained numbers of all adapters are a little off where they are."""
+def nonzero_adapters(model, sd):
+    """Inside the block the trained numbers of all adapters are about `sd` off where they are."""
     params = [p for p in model.parameters() if p.requires_grad] if adapted(model) else []
     random = torch.Generator().manual_seed(0)
-    values = [p.detach() + 0.01 * torch.randn(p.shape, generator=random).to(p) for p in params]
+    values = [p.detach() + sd * torch.randn(p.shape, generator=random).to(p) for p in params]
     return with_values(params, values)
 
 
@@ -57,15 +61,34 @@ def check_types(model):
                              f"of {known.__name__}; run with --engine plain")
 
 
+@torch.no_grad()
+def check_layers(model):
+    """InputError unless sampling and training apply a TinyLoRALinear as tinylora.py does.
+
+    In bf16 the log-probs alone would not tell: v is small and rounding is not. Here v is large, and
+    the input is the layer's own right singular vectors, so that its part is as large as W's.
+    """
+    with nonzero_adapters(model, 1.0):
+        held = Held(model)
+        for module in held.RSUt:
+            x = module.Vt  # (r, d_in)
+            plain = module(x).float()  # (r, d_out)
+            size = max(plain.norm(), (plain - module.base(x)).norm())
+            for quick in (project_one(module, x), held.project_one(module, x)):
+                if not (quick - plain).norm() <= OF_A_LAYER * size:
+                    raise InputError(DIFFERENT)
+
+
 def check(model, prompts, stop_ids):
     """InputError unless both engines give the same log-probs of a few tokens after these prompts.
 
     Whoever changes the mathematics in the plain files must not train something else unawares.
     """
     check_types(model)
+    check_layers(model)
     prompts = [list(prompt)[-64:] for prompt in prompts[:3]]  # a suffix will do
     noise = grpo.uniforms([[7, 0, row, 0] for row in range(2 * len(prompts))], TOKENS)
-    with torch.no_grad(), nonzero_adapters(model):
+    with torch.no_grad(), nonzero_adapters(model, 0.01):
         args = model, prompts, 2, TOKENS, stop_ids, 0.8, noise
         quick = generate(*args)
         plain = grpo.generate(*args)
@@ -79,5 +102,4 @@ def check(model, prompts, stop_ids):
     else:
         same = differences.sum() / (2 * quick.mask.sum()) < MEAN_IN_16_BITS
     if not same:
-        raise InputError("the fast engine computes other numbers than model.py, tinylora.py and "
-                         "grpo.py; if you changed them, run with --engine plain")
+        raise InputError(DIFFERENT)

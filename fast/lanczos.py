@@ -10,6 +10,7 @@ import torch
 
 import tinylora
 from support import threads
+from support.scaling import scaled
 
 EXTRA = 6  # columns of a block beyond the wanted rank: they speed up convergence
 BLOCKS = 3  # that the basis grows by before the small problem is solved
@@ -35,7 +36,7 @@ def truncated_svd(W, rank, tol=TOLERANCE):
     if W.is_meta or rank > min(W.shape):  # all triplets: from one solver in both engines
         return tinylora.truncated_svd(W, rank)
     m, n = W.shape
-    W, e = tinylora.scaled(W)
+    W, e = scaled(W)
     A = W if n <= m else W.T  # iterate on the shorter side: A (long, short)
     found = None
     if A.shape[1] >= 16 * (rank + EXTRA):

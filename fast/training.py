@@ -84,18 +84,18 @@ def share(rollout, rows):
 fitting = float("inf")  # tokens a micro-batch: lowered when memory ran out, for the rest of the run
 
 
-def accumulate(part, rollout, index, budget):
+def accumulate(terms_of, mini_batch, index, budget):
     """As grpo.accumulate. When memory runs out, it begins anew with micro-batches half as large."""
     global fitting
-    budget = min(budget, share(rollout, index))
+    budget = min(budget, share(mini_batch, index))
     while True:
-        batches = list(micro_batches(rollout, index, min(budget, fitting)))
-        total = None
+        batches = list(micro_batches(mini_batch, index, min(budget, fitting)))
+        sums = None
         try:
-            for parts in threads.side_by_side(lambda batch: part(rollout.rows(batch)), batches,
-                                              threads.workers):
-                total = parts if total is None else [x + y for x, y in zip(total, parts)]
-            return total
+            for terms in threads.side_by_side(lambda rows: terms_of(mini_batch.rows(rows)),
+                                              batches, threads.workers):
+                sums = terms if sums is None else [x + y for x, y in zip(sums, terms)]
+            return sums
         except torch.OutOfMemoryError:
             if all(len(batch) == 1 for batch in batches):
                 raise

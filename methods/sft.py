@@ -11,8 +11,8 @@ def solutions(run, rows):
     so that grpo.update leaves no row out; the old log-probs are not used.
     """
     args = run.args
+    prompts = [run.prompt_ids(row) for row in rows]
     texts = [run.task.prompt(row, args.instruction) for row in rows]
-    prompts = [run.chat.prompt(text, args.system) for text in texts]
     responses = [run.chat.response(text, row["solution"], args.system)[:args.max_new_tokens]
                  for text, row in zip(texts, rows)]
     ids = grpo.pad(responses, args.device)  # (B, T)
@@ -30,12 +30,13 @@ def step(run, optimizer, problems, rates):
     """
     rollout = solutions(run, problems)
     updates = []
-    for rate, batch in zip(rates, rollout.split(run.args.minibatches)):
+    for rate, mini_batch in zip(rates, rollout.split(run.args.minibatches)):
         optimizer.param_groups[0]["lr"] = rate
-        updates.append(grpo.update(run.model, optimizer, batch, run.args, run.engine, sft_loss))
+        updates.append(grpo.update(run.model, optimizer, mini_batch, run.args, run.engine,
+                                   sft_loss))
     return rollout, {}, updates
 
 
-def sft_loss(logp, rollout, denominator, args):
+def sft_loss(logp, batch, denominator, args):
     """The mean of -log p over response tokens. logp (B, T): 0 where masked; see grpo.grpo_loss."""
     return -logp.sum() / denominator

@@ -84,7 +84,11 @@ def read_config(folder):
 
 
 def refuse_unsupported(path, raw):
-    """InputError if config.json asks for anything that model.py does not compute."""
+    """InputError if config.json asks for anything that model.py does not compute.
+
+    One more family of models: here, in model.py, its end of turn in support/chat_format.py, and
+    fast/, or --engine plain.
+    """
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise InputError(f"{path}: model_type is {kind!r}; this project reads 'qwen2' "

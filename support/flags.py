@@ -62,7 +62,7 @@ PROGRAM = [
     ("data", "gsm8k", str, "gsm8k, math, a folder of train.jsonl and test.jsonl, or a file"),
     ("eval-data", None, str, "evaluate on these instead: math500,amc23,aime24, folders, files"),
     ("task", None, str, "Python file with a task (gsm8k.py; see docs/your-own-task.md)"),
-    ("instruction", None, str, "what follows each question (the task's sentence)"),
+    ("instruction", None, str, "what follows each question, with its space (the task's)"),
     ("system", None, str, "system message of every prompt (the template's)"),
     ("adapter", None, str, "evaluate, or start from, this adapter.safetensors or LoRA folder"),
     ("device", None, str, "cpu, cuda or cuda:1 (cuda if there is one)"),
@@ -290,8 +290,9 @@ def check(args, given):
     if args.group < 2 and args.algo == "grpo" and not args.eval_only:
         raise InputError("--group 1: an advantage compares the responses to one problem, so a "
                          "group needs at least 2")
-    if args.algo == "es":
-        args.minibatches = 1
+    if args.algo != "grpo":  # what a model folder may have set for GRPO
+        args.kl = 0.0
+        args.minibatches = 1 if args.algo == "es" else args.minibatches
     copies = 1 if args.shard else ranks.SIZE  # of the model
     if args.prompts % (args.minibatches * copies):
         shares = f" of {copies} equal shares, one for each rank" if copies > 1 else ""

@@ -23,24 +23,25 @@ def total_norm(params):
     return sum(p.detach().double().square().sum().item() for p in params) ** 0.5
 
 
-def reference_logprobs(run, batch, optimizer, reference):
+def reference_logprobs(run, mini_batch, optimizer, reference):
     """(B, T) log-probs of a mini-batch under the policy that training started from, for --kl.
 
+    Meanwhile the trained tensors, which the optimizer knows, hold the values `reference`.
     They are computed in the very micro-batches of grpo.update, so while the policy is still the
     reference they are equal to the last bit. Else rounding would leave a gradient, and Adam would
     make a whole step of it.
     """
-    logp = torch.zeros_like(batch.logp)
+    logp = torch.zeros_like(mini_batch.logp)
     numbers = torch.arange(len(logp), device=logp.device)
-    numbered = replace(batch, advantage=numbers)  # so that a micro-batch knows its rows
+    numbered = replace(mini_batch, advantage=numbers)  # so that a micro-batch knows its rows
 
-    def part(some):
+    def store(micro_batch):  # and no terms of a sum
         with torch.no_grad():  # here: the fast engine's threads do not see it from outside
-            width = some.ids.shape[1]
-            logp[some.advantage, :width] = run.engine.logprobs(run.model, some)
+            width = micro_batch.ids.shape[1]
+            logp[micro_batch.advantage, :width] = run.engine.logprobs(run.model, micro_batch)
         return []
 
     with with_values(optimizer.param_groups[0]["params"], reference):
         budget = run.args.tokens_per_micro_batch
-        run.engine.accumulate(part, numbered, numbers.tolist(), budget)
+        run.engine.accumulate(store, numbered, numbers.tolist(), budget)
     return logp

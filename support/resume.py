@@ -165,7 +165,7 @@ def save(out, done, params, optimizer, reference):
             with open(out / name, "rb") as file:
                 os.fsync(file.fileno())
         done[name] = size(out / name)
-    done["slot"] = 1 - done["slot"]
+    done["slot"] = 1 - done.get("slot", 1)
     tensors = {f"param.{i}": p for i, p in enumerate(params)}
     tensors |= {f"reference.{i}": p for i, p in enumerate(reference or [])}
     for i, state in optimizer.state_dict()["state"].items():

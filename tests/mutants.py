@@ -87,7 +87,7 @@ MUTANTS = [
     ("gradient clipping off", "grpo.py",
      "clip_grad_norm_(params, args.grad_clip)", "clip_grad_norm_(params, 1e9)", RUN),
     ("the loss divided by the rows", "grpo.py",
-     "denominator = max(tokens, 1)", "denominator = len(rollout.prompts)", RUN),
+     "loss(logp, micro_batch, tokens, args)", "loss(logp, micro_batch, len(index), args)", RUN),
     ("a population's std in the advantage", "grpo.py",
      "correction=min(1, rewards.shape[1] - 1)", "correction=0", RUN),
     ("v not rounded to --v-dtype", "grpo.py",

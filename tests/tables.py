@@ -40,7 +40,7 @@ def claim():
         f"from {percent(base['greedy']['strict'])} to **{percent(median(greedy))}** of "
         f"{runs[0]['count']} held-out problems, greedy ({percent(base['T = 1']['strict'])} to "
         f"{percent(median(sampled))} sampled at T = 1), the median of {len(runs)} seeds. They "
-        f"differ by the directions that they draw: {sum(x >= 0.9 for x in greedy)} of the "
+        f"differ by the random P that they draw: {sum(x >= 0.9 for x in greedy)} of the "
         f"{len(runs)} end above 90%, the lowest at {percent(min(greedy))}. It takes "
         f"{round(RUNS['toy-seed0']['seconds'] / 60)} minutes on 2 CPU cores.")
     return textwrap.fill(text, 100, break_on_hyphens=False)

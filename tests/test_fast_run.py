@@ -159,6 +159,7 @@ CHANGES = {
     "log-probs": (grpo, "logprobs", lambda *args: REAL_LOGPROBS(*args) - 0.01),
 }
 REAL_R = tinylora.TinyLoRALinear.R
+REAL_FORWARD = tinylora.TinyLoRALinear.forward
 REAL_GENERATE = grpo.generate
 REAL_LOGPROBS = grpo.logprobs
 
@@ -172,6 +173,28 @@ def test_whoever_changes_the_plain_files_is_told(name, monkeypatch):
     if name == "the formula":  # both engines call R: this one is no difference
         fast.check(model, PROMPTS, [3])
         return
+    with pytest.raises(InputError, match="--engine plain"):
+        fast.check(model, PROMPTS, [3])
+
+
+def other_S(module, x):
+    """sqrt(S) on either side of R, as PEFT has it."""
+    root = module.US.float().norm(dim=0).sqrt()  # (r,)
+    h = torch.nn.functional.linear(x, module.Vt).float() * root
+    return module.base(x) + ((h @ module.R().T) @ (module.US.float() / root).T).to(x.dtype)
+
+
+@pytest.mark.parametrize("change", [
+    other_S,
+    lambda self, x: REAL_FORWARD(self, x) * 2 - self.base(x),  # twice the change
+    lambda self, x: self.base(x) + torch.nn.functional.linear(x, self.Vt) @ self.US.T])  # no R
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_changed_layer_is_told_in_every_dtype(dtype, change, monkeypatch):
+    """In bf16 it was not: log-probs may differ by 0.2 there, and v was 0.01."""
+    model = transformer.load(TOY, dtype)
+    tinylora.adapt(model)
+    fast.check(model, PROMPTS, [3])
+    monkeypatch.setattr(tinylora.TinyLoRALinear, "forward", change)
     with pytest.raises(InputError, match="--engine plain"):
         fast.check(model, PROMPTS, [3])
 

@@ -22,7 +22,7 @@ WIDTH = 100  # columns
 ALLOWED = {
     "model": {"support.errors", "support.checkpoint"},
     "tinylora": {"model", "support.adapter_file", "support.checkpoint", "support.directions",
-                 "support.errors", "support.files"},
+                 "support.errors", "support.files", "support.scaling"},
     "grpo": {"model", "tinylora", "support.errors", "support.ranks"},
     "gsm8k": {"support"},
     "train": {"model", "tinylora", "grpo", "gsm8k", "support"},

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_a_fully_trained_model_is_a_model_folder(tmp_path):
 def sft_run(**flags):
     args = SimpleNamespace(instruction=None, system=None, max_new_tokens=96, device="cpu")
     vars(args).update(flags)
-    return SimpleNamespace(args=args, chat=Chat(TOY), task=gsm8k)
+    return train.Run(args, None, Chat(TOY), gsm8k, [], None)
 
 
 def test_solutions_are_a_rollout():
@@ -233,7 +234,6 @@ def test_solutions_are_a_rollout():
 def test_an_sft_step_takes_the_mini_batches_in_turn_each_at_its_rate(monkeypatch):
     rows = gsm8k.load(str(TOY))[0][:4]
     run = sft_run(minibatches=2)
-    run.model = run.engine = None
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
     seen = []
 
@@ -246,6 +246,21 @@ def test_an_sft_step_takes_the_mini_batches_in_turn_each_at_its_rate(monkeypatch
     rollout, scores, updates = sft.step(run, optimizer, rows, [0.1, 0.2])
     assert seen == [(0.1, rollout.prompts[:2]), (0.2, rollout.prompts[2:])]
     assert scores == {} and updates == [{"loss": 1}, {"loss": 2}]
+
+
+def test_kl_of_a_model_folder_is_not_sfts(tmp_path):
+    """Typed, it is refused; a folder's tinylora.json may mean it for GRPO. It was a TypeError."""
+    folder = tmp_path / "model"
+    shutil.copytree(TOY, folder)
+    settings = json.loads((folder / "tinylora.json").read_text())
+    (folder / "tinylora.json").write_text(json.dumps(settings | {"kl": 0.1}))
+    small = "--params 13 --steps 1 --prompts 2 --max-new-tokens 8 --eval-count 1"
+    words = ["--model", str(folder), *small.split()]
+    for algo in ("sft", "es", "grpo"):
+        out = tmp_path / algo
+        assert train.main([*words, "--algo", algo, "--out", str(out)]) == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["kl"] == (0.1 if algo == "grpo" else 0.0)
 
 
 def test_sft_learns_the_solutions(tmp_path):
