@@ -30,8 +30,8 @@ TOKENS = 6  # a response of the check
 # SmolLM2's shape; other mathematics make it 1 and more.
 MEAN_IN_16_BITS = 0.2
 OF_A_LAYER = 0.02  # of a layer's output: in bf16 it is at most 0.0053 on SmolLM2
-DIFFERENT = ("the fast engine computes other numbers than model.py, tinylora.py and grpo.py; if you "
-             "changed them, run with --engine plain")
+DIFFERENT = ("the fast engine computes other numbers than model.py, tinylora.py and grpo.py; if "
+             "you changed them, run with --engine plain")
 
 
 def nonzero_adapters(model, sd):
