@@ -119,9 +119,10 @@ def toy_forgetting_table():
         found = json.loads((ROOT / "results" / name / "forgetting.json").read_text())
         losses = [f"{x['after'] - x['before']:+.3f} +- {x['error']:.3f}"
                   for x in (found["loss"][f"{style}, answers"] for style in FORGOTTEN)]
-        asked = [f"{side['before'][key]:.2f}, {side['after'][key]:.2f}"
-                 for style, key in (("careful", "strict"), ("hasty", "hasty"), ("guess", "guess"))
-                 for side in [found["asked"][style]["T = 1"]]]
+        asked = []
+        for style, key in (("careful", "strict"), ("hasty", "hasty"), ("guess", "guess")):
+            sampled = found["asked"][style]["T = 1"]
+            asked.append(f"{sampled['before'][key]:.2f}, {sampled['after'][key]:.2f}")
         label = f"13 numbers, seed {RUNS[name]['seed']}" if name in SEEDS else "LoRA, r = 1"
         rows.append((label, *losses, *asked))
     return table(("trained", *(f"nats a token, {style}" for style in FORGOTTEN),
@@ -181,9 +182,10 @@ def random_v():
     s = RUNS["random-v"]
     base = RUNS[ARITHMETIC[0]]
     scores = [v["score"] for v in drawn["v"]]
+    better = sum(score > drawn["base"] for score in scores)
     text = (f"Of {len(scores)} random v's of standard deviation {drawn['sd']:g}, "
-            f"{sum(score > drawn['base'] for score in scores)} gets more of {drawn['problems']} "
-            f"training questions right than the untrained model ({max(scores):.3f}; untrained "
+            f"{better} {'gets' if better == 1 else 'get'} more of {drawn['problems']} training "
+            f"questions right than the untrained model ({max(scores):.3f}; untrained "
             f"{drawn['base']:.3f}; median {median(scores):.3f}; greedy). On the test questions "
             f"that one has {s['lenient']:.3f} greedy and {s['sampled_lenient']:.3f} at T = 1, "
             f"where the untrained model has {base['base_lenient']:.3f} and "

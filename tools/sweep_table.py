@@ -143,6 +143,7 @@ def draw(document, out):
     runs = document["runs"]
     score = runs[document["settings"][0]["runs"][0]]["score"]
     figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.2), dpi=110, sharey=True)
+    untrained = bases(document)
     for axis, mode in zip(axes, MODES):
         for series in dict.fromkeys(row["series"] for row in table):
             points = sorted((row["x"], *row[mode][score]) for row in table
@@ -150,8 +151,8 @@ def draw(document, out):
             x, means, low, high = zip(*points)
             bars = [[m - lo for m, lo in zip(means, low)], [hi - m for m, hi in zip(means, high)]]
             axis.errorbar(x, means, yerr=bars, marker="o", markersize=4, capsize=3, label=series)
-        for untrained, scores in bases(document).items():
-            axis.axhline(scores[mode][score][0], linestyle="--", color="grey", label=untrained)
+        for name, scores in untrained.items():
+            axis.axhline(scores[mode][score][0], linestyle="--", color="grey", label=name)
         axis.set(title=f"{score}, {mode}", xlabel=document["definition"]["axis"], xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.04)
