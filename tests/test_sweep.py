@@ -234,6 +234,16 @@ def test_what_decides_a_result_is_in_the_key(folder, validation, tmp_path):
     assert key() != first
 
 
+def test_a_model_folders_own_flags_are_no_contents(tmp_path):
+    """They are in the key as flags: the toy got another rank, and all other runs stayed known."""
+    (tmp_path / "config.json").write_text("{}")
+    before = sweep_file.contents(tmp_path)
+    (tmp_path / "tinylora.json").write_text("{}")
+    assert sweep_file.contents(tmp_path) == before
+    (tmp_path / "config.json").write_text("[]")
+    assert sweep_file.contents(tmp_path) != before
+
+
 def test_validation_problems_are_in_no_other_set(validation):
     sets = [{row["question"] for row in read_rows(path)}
             for path in (validation / "test.jsonl", TOY / "train.jsonl", TOY / "test.jsonl")]

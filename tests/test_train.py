@@ -194,6 +194,25 @@ def test_bytes_that_are_no_text(tmp_path):
         assert errors.count(b"\n") == 1
 
 
+def test_a_model_folders_shape_is_not_an_adapters(tmp_path, capsys):
+    """tinylora.json's rank is for new adapters: one that was made with another is used as it is."""
+    folder = tmp_path / "model"
+    shutil.copytree(TOY, folder)
+    for rank in (3, 2):
+        settings = json.loads((TOY / "tinylora.json").read_text()) | {"rank": rank, "params": 7}
+        (folder / "tinylora.json").write_text(json.dumps(settings))
+        out = tmp_path / str(rank)
+        small = ["--steps", "0", "--max-new-tokens", "8", "--eval-count", "1"]
+        assert train.main(["--model", str(folder), *small, "--out", str(out)]) == 0
+        assert f"SVD: 28 matrices, rank {rank}" in capsys.readouterr().out
+    adapter = str(tmp_path / "3" / "adapter.safetensors")
+    words = ["--model", str(folder), "--adapter", adapter, "--eval-only", "--eval-count", "1"]
+    assert train.main([*words, "--out", str(tmp_path / "again")]) == 0
+    assert "SVD: 28 matrices, rank 3" in capsys.readouterr().out
+    assert train.main([*words, "--rank", "2"]) == 2
+    one_error(capsys, "--rank means nothing to --eval-only")
+
+
 def test_the_old_command_says_where_it_went():
     """python tinylora.py show|export was the landed way."""
     done = subprocess.run([sys.executable, "tinylora.py", "show", "x"], cwd=ROOT,

@@ -86,13 +86,17 @@ def check_fields(where, values, fields):
 
 
 def contents(value):
-    """A sha256 of the file or the files at a path; of what is no path (a hub's name), itself."""
+    """A sha256 of the file or the files at a path; of what is no path (a hub's name), itself.
+
+    Not of a model folder's tinylora.json: what it sets is among the resolved flags.
+    """
     if value is None or not Path(value).exists():
         return value
     path = Path(value)
     paths = [path]
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl", ".safetensors"))
+        paths = sorted(p for p in path.iterdir() if p.name != "tinylora.json"
+                       and p.suffix in (".json", ".jsonl", ".safetensors"))
     digest = hashlib.sha256()
     for file in paths:
         size = file.stat().st_size
