@@ -80,11 +80,16 @@ def test_seeds_that_differ_by_more_than_an_evaluation(monkeypatch):
     for ends, verdict in (([(0.5, 0.5), (0.508, 0.508)], "holds"),
                           ([(0.5, 0.5), (0.52, 0.508)], "holds sampled, not greedy"),
                           ([(0.5, 0.5), (0.52, 0.48)], "does not hold")):
-        monkeypatch.setattr(verdicts, "document", lambda figure, e=ends: sweep({"13 numbers": e}))
-        measured, said = verdicts.any_seed()
-        assert said == verdict
-        assert measured.startswith("standard deviation of 2 seeds: 0.0")
-        assert measured.endswith("of an evaluation alone: 0.005 greedy, 0.005 at T = 1")
+        for wide in ("HEADLINE", "RANK2"):  # the other one's seeds are all alike
+            documents = {figure: sweep({"13 numbers": ends if figure == wide else [(0.5, 0.5)] * 2})
+                         for figure in ("HEADLINE", "RANK2")}
+            for rank, document in zip((16, 2), documents.values()):
+                document["settings"][0]["flags"] = {"rank": rank}
+            monkeypatch.setattr(verdicts, "document", documents.get)
+            measured, said = verdicts.any_seed()
+            assert said == verdict
+            assert measured.startswith("standard deviation of 2 seeds: 0.0")
+            assert "(r = 16; of an evaluation alone 0.005 greedy, 0.005 at T = 1); 0.0" in measured
 
 
 def test_numbers_are_the_means_of_the_seeds(monkeypatch):
