@@ -10,7 +10,7 @@ from helpers import ROOT
 import train
 from support import flags
 from support.scores import MODES, standard_error
-from tools import factor, needed, styles, sweep_table
+from tools import factor, needed, path_picture, styles, sweep_table
 from tools.runs import markdown_table as table
 
 RUNS = {path.parent.name: json.loads(path.read_text())
@@ -249,6 +249,15 @@ def anywhere_table():
                   "numbers a response"), rows)
 
 
+def path_tables():
+    """All of tools/path_picture.py's tables but those of single numbers, which its picture has."""
+    runs = path_picture.load(FIGURES / "path.json")
+    names = path_picture.titles(runs)
+    parts = [make(runs, names) for make in (path_picture.path_table, path_picture.ends_table,
+                                            path_picture.line_table)]
+    return "\n\n".join([*parts, path_picture.notes(runs)])
+
+
 def styles_table():
     return styles.markdown(json.loads((FIGURES / "HEADLINE.styles.json").read_text()))
 
@@ -270,6 +279,8 @@ if ARITHMETIC:
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
+if (FIGURES / "path.json").is_file():
+    GENERATED["path"] = path_tables
 if "F3" in GENERATED:
     GENERATED["needed"] = lambda: needed.markdown(sweep_table.load(FIGURES / "F3.runs.json"))
 if "CURVE" in GENERATED:
