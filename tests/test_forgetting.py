@@ -15,7 +15,7 @@ from methods import lora
 from support.chat_format import Chat
 from tools import forgetting, opened
 
-ADAPTER = ROOT / "results" / "toy-seed0" / "adapter.safetensors"
+ADAPTER = ROOT / "tests" / "recorded" / "adapters" / "toy-seed0.safetensors"  # of rank 2
 
 
 @pytest.fixture(scope="module")

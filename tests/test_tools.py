@@ -91,7 +91,7 @@ def test_peft_export(tmp_path, capsys, new_mode):
     assert export.main(["export", str(ADAPTER), "--to", "peft", "--out", str(out)]) == 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(TOY)
-    assert config["r"] == config["lora_alpha"] == 2
+    assert config["r"] == config["lora_alpha"] == 16
     assert {path.name for path in out.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
         "tokenizer_config.json"}

@@ -40,7 +40,7 @@ def test_a_short_run_writes_everything(tmp_path, capsys):
     assert keys | {"tokens", "seconds", "seed", "model", "data"} <= set(summary)
     assert summary["tokens"] == sum(row["tokens"] for row in log)
     assert log[0]["gap"] < 1e-5 and "eval_strict" in log[0] and "eval_strict" not in log[1]
-    assert [row["lr"] for row in log] == [0.05, 0.05]
+    assert [row["lr"] for row in log] == [0.00557, 0.00557]
     config = json.loads((out / "config.json").read_text())
     assert config["seed"] == 5 and config["v_dtype"] == "bf16"
     sample = read_rows(out / "samples.jsonl")[0]
