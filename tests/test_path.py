@@ -8,9 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import TINY_RUN, one_error, read_rows
+from helpers import ROOT, TINY_RUN, one_error, read_rows
 
 import train
+from support import adapter_file
 from support.errors import InputError
 from tools import opened, path, path_picture
 
@@ -283,3 +284,13 @@ def test_mistakes_are_told_in_one_line(run, calls, tmp_path, capsys):
     one_error(capsys, "has no run that is measured")
     with pytest.raises(InputError):
         path_picture.load(tmp_path / "gone.json")
+
+
+def test_the_committed_paths_are_those_of_the_runs_beside_them():
+    """Each ends at what its run's adapter holds."""
+    runs = path_picture.load(ROOT / "results" / "figures" / "path.json")
+    assert len(runs) == 5
+    for folder, run in runs.items():
+        v, _ = adapter_file.read(ROOT / folder / "adapter.safetensors")
+        assert run["path"][-1] == pytest.approx(v.tolist(), abs=1e-6)
+        assert len(run["path"]) == len(read_rows(ROOT / folder / "log.jsonl")) + 1
