@@ -251,7 +251,7 @@ def anywhere_table():
 
 def path_tables():
     """All of tools/path_picture.py's tables but those of single numbers, which its picture has."""
-    runs = path_picture.load(FIGURES / "path.json")
+    runs = path_picture.load(ROOT / "results" / "path" / "path.json")
     names = path_picture.titles(runs)
     parts = [make(runs, names) for make in (path_picture.path_table, path_picture.ends_table,
                                             path_picture.line_table)]
@@ -279,7 +279,7 @@ if ARITHMETIC:
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
-if (FIGURES / "path.json").is_file():
+if (ROOT / "results" / "path" / "path.json").is_file():
     GENERATED["path"] = path_tables
 if "F3" in GENERATED:
     GENERATED["needed"] = lambda: needed.markdown(sweep_table.load(FIGURES / "F3.runs.json"))

@@ -288,7 +288,7 @@ def test_mistakes_are_told_in_one_line(run, calls, tmp_path, capsys):
 
 def test_the_committed_paths_are_those_of_the_runs_beside_them():
     """Each ends at what its run's adapter holds."""
-    runs = path_picture.load(ROOT / "results" / "figures" / "path.json")
+    runs = path_picture.load(ROOT / "results" / "path" / "path.json")
     assert len(runs) == 5
     for folder, run in runs.items():
         v, _ = adapter_file.read(ROOT / folder / "adapter.safetensors")
