@@ -16,6 +16,7 @@ from tools.runs import markdown_table as table
 RUNS = {path.parent.name: json.loads(path.read_text())
         for path in sorted(ROOT.glob("results/*/summary.json"))}
 FIGURES = ROOT / "results" / "figures"
+PATH = ROOT / "results" / "path" / "path.json"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
 CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
             "arithmetic-format": "for the answer format only"}
@@ -30,7 +31,7 @@ def percent(share):
 def claim():
     """What the sweep of twenty seeds gave; the seconds are those of a run with one thread."""
     runs = headline_runs()
-    [headline] = sweep_table.load(FIGURES / "HEADLINE.runs.json")["settings"]
+    [headline] = verdicts.document("HEADLINE")["settings"]
     two = [run["final"]["greedy"]["strict"] for run in headline_runs("RANK2")]
     base = runs[0]["base"]
     greedy = [run["final"]["greedy"]["strict"] for run in runs]
@@ -250,12 +251,8 @@ def anywhere_table():
 
 
 def path_tables():
-    """All of tools/path_picture.py's tables but those of single numbers, which its picture has."""
-    runs = path_picture.load(ROOT / "results" / "path" / "path.json")
-    names = path_picture.titles(runs)
-    parts = [make(runs, names) for make in (path_picture.path_table, path_picture.ends_table,
-                                            path_picture.line_table)]
-    return "\n\n".join([*parts, path_picture.notes(runs)])
+    """Without the tables of single numbers: the picture has them."""
+    return path_picture.markdown(path_picture.load(PATH), each_number=False)
 
 
 def styles_table():
@@ -279,7 +276,7 @@ if ARITHMETIC:
 for path in sorted(FIGURES.glob("*.runs.json")):  # of tools/sweep.py: F7, ...
     if json.loads(path.read_text())["settings"]:  # else it is not finished
         GENERATED[path.name.split(".")[0]] = lambda path=path: sweep_table.block(path)
-if (ROOT / "results" / "path" / "path.json").is_file():
+if PATH.is_file():
     GENERATED["path"] = path_tables
 if "F3" in GENERATED:
     GENERATED["needed"] = lambda: needed.markdown(sweep_table.load(FIGURES / "F3.runs.json"))

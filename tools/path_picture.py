@@ -59,12 +59,15 @@ def multiples(run, end):
 
 # ---- tables
 
-def markdown(runs):
-    """The tables; cells of several modes hold them in the order greedy, T = 1."""
+def markdown(runs, each_number=True):
+    """The tables; cells of several modes hold them in the order greedy, T = 1.
+
+    each_number: with those of single numbers, as far as they were measured.
+    """
     names = titles(runs)
     parts = [path_table(runs, names), ends_table(runs, names), line_table(runs, names)]
     parts += [coordinates_table(run, names[folder]) for folder, run in runs.items()
-              if "only 1" in run["points"]]
+              if each_number and "only 1" in run["points"]]
     parts.append(notes(runs))
     return "\n\n".join(parts)
 
