@@ -18,12 +18,13 @@
     equal rewards.
  6. Loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) [0.2, 0.4] per token, ratio = new / old
     probability, summed and divided by ONE number, the count of response tokens in the mini-batch
-    (as DAPO). So all tokens have the same weight, however the rows are cut into micro-batches.
+    (as DAPO): all tokens weigh the same, however the rows are cut into micro-batches. [Means of
+    micro-batches, weighted by their rows; where A < 0, a ratio of at most 3]
  7. No KL by default. kl > 0 [MATH: 0.001] adds kl x the k3 estimator of the KL to the reference,
     the policy that training started from (the base model or --adapter), to each token's loss.
- 8. A step's problems are split into mini-batches [2 of 32 problems], one Adam update each [AdamW
-    0.9, 0.999; eps 1e-8, no weight decay]. Without KL, rows of advantage 0 skip their forward pass:
-    they count in 6's denominator, but not in the logged gap and clip fraction.
+ 8. A step's problems are split into mini-batches [2 of 32 problems], one Adam update each (0.9,
+    0.999, eps 1e-8) without weight decay [0.01]. Without KL, rows of advantage 0 skip their
+    forward pass: they count in 6's denominator, but not in the logged gap and clip fraction.
  9. The gradient is clipped to a norm [1.0]. v (tinylora.py) and Adam's state are fp32; with
     --v-dtype bf16 or fp16 v is rounded to that type after each update: small steps may be lost.
 
@@ -189,8 +190,8 @@ def logprobs(model, rollout, recompute=False):
     T = mask.shape[1]
     start = torch.tensor([len(prompt) for prompt in rollout.prompts], device=device)  # (B,)
     column = start[:, None] + torch.arange(T, device=device)  # (B, T): place of token t
-    text = F.pad(pad(rollout.prompts, device), (0, T)).scatter(1, column, rollout.ids)
-    hidden = model.hidden(text, lengths=start + mask.sum(1), recompute=recompute)
+    text = F.pad(pad(rollout.prompts, device), (0, T)).scatter(1, column, rollout.ids)  # (B, L)
+    hidden = model.hidden(text, lengths=start + mask.sum(1), recompute=recompute)  # (B, L, C)
     row = torch.arange(len(mask), device=device)[:, None]
     hidden = hidden[row, column - 1][mask]  # (N, C): the state before each of N tokens predicts it
     target = rollout.ids[mask]  # (N,)
@@ -270,7 +271,7 @@ def update(model, optimizer, mini_batch, args, engine, loss=grpo_loss):
     [tokens] = ranks.total(int(mini_batch.mask.sum()))  # of all ranks: gradients add up
     index = [i for i, a in enumerate(mini_batch.advantage.tolist()) if args.kl > 0 or a != 0]
 
-    def terms_of(micro_batch):  # of the sums: a gradient per parameter, statistics, loss
+    def terms_of(micro_batch):  # what is summed: gradients, statistics, loss
         logp = engine.logprobs(model, micro_batch, args.recompute)
         value = loss(logp, micro_batch, tokens, args)
         gradients = torch.autograd.grad(value, params)
@@ -287,7 +288,7 @@ def update(model, optimizer, mini_batch, args, engine, loss=grpo_loss):
 
 
 def optimizer_step(optimizer, args):
-    """Sum gradients over the ranks, clip, step, round to v_dtype; returns the gradient's norm."""
+    """Sum gradients over the ranks, clip, step, round to v_dtype; returns the unclipped norm."""
     params = optimizer.param_groups[0]["params"]
     ranks.add_gradients(params)
     norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)

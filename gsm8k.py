@@ -13,8 +13,8 @@ This task has three scores, always reported side by side, because much of a gain
 format (the paper reports strict; on lenient a reproduction gained far less):
 
     strict   the last number that follows a "####" in the last 300 characters is right. Unlike the
-             paper's rule, it takes 18.00 for 18, and cuts no number out of a longer expression
-             (support/plain_numbers.py).
+             paper's rule, it needs no space there, takes $18 and 18.00 for 18, and cuts no number
+             out of a longer expression (support/plain_numbers.py).
     lenient  strict's number is right or, if there is none, the last number anywhere in the text.
     format   strict's number exists. As the reward it is the control for mere format.
 
@@ -39,7 +39,7 @@ ANY = re.compile(NUMBER)
 
 
 def plain_text(text):
-    """The typographic minus, LaTeX's dollar and thin spaces (1 800) made ordinary ones, or none."""
+    """Typographic minus and LaTeX's dollar made plain; no thin space inside a number (1 800)."""
     text = text.replace("\u2212", "-").replace("\\$", "$")
     return re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)
 

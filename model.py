@@ -110,7 +110,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):  # (..., C)
-        # normalised in fp32, cast back BEFORE the weight, as the checkpoints were trained
+        # normalised in fp32, cast back BEFORE the weight, as transformers does
         normed = F.rms_norm(upcast(x), x.shape[-1:], eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=qkv_bias)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache):  # x (B, T, C)
+    def forward(self, x, cos, sin, mask, cache):  # x (B, T, C), mask (B, 1, T, S)
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, D)

@@ -16,7 +16,7 @@ P, and v starts at N(0, 1e-5). Adam moves v by about lr an update, so what count
 
     implementation   delta W                               P entries   an update moves R by about
     this file        U S R V^T                             N(0, 1)     lr: hence the 1/sqrt(u)
-    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     lr, then 16 times
+    authors' fork    (alpha/r) U R S V^T, alpha/r = 16     N(0, 1)     16 lr
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   sqrt(u/r) lr
 
 With S left of R, right of it or on both sides, entry (i, j) of R is weighted by s_i, s_j or
@@ -33,7 +33,6 @@ and bf16, tells whether it is that model. Another processor, engine or dtype rou
 another way: there the model is the same up to rounding.
 """
 import math
-import sys
 
 import numpy as np
 import torch
@@ -237,7 +236,3 @@ def load(path, model, svd=svd):
     v = model.layers[0].get_submodule(TARGETS[0]).v
     v.copy_(stored.view_as(v))
     return v
-
-
-if __name__ == "__main__":
-    sys.exit("the tool is now: python -m tools.export show|export ...")

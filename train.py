@@ -33,6 +33,7 @@ from support.threads import choose_threads
 
 # The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # tinylora: the fork's
 RECIPE = [
     ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "what is trained"),
     ("params", None, count, "how many numbers to train: ties x u (13)"),
@@ -48,7 +49,7 @@ RECIPE = [
     ("prompts", 64, count, "problems a step"),
     ("group", 4, count, "responses to each problem"),
     ("minibatches", 2, count, "Adam updates a step"),
-    ("lr", None, positive, "learning rate (tinylora, lora-xs 1.6e-4; lora 2e-5; full 1e-6)"),
+    ("lr", None, positive, f"learning rate ({LR})"),
     ("warmup", 0.05, fraction, "share of updates with rising lr"),
     ("temperature", 1.0, positive, "of the sampling"),
     ("max-new-tokens", 1024, count, "longest response (paper: up to 4096)"),
@@ -58,8 +59,7 @@ RECIPE = [
     ("grad-clip", 1.0, positive, "largest gradient norm"),
     ("reward", None, str, "the score to learn from (the task's first: strict)"),
 ]
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
-SAMPLED = (False, True)  # the first and last evaluations: greedy, then at T = 1
+SAMPLED = (False, True)  # evaluate's last argument, in turn: greedy, then at T = 1
 
 
 @dataclass
@@ -98,10 +98,10 @@ def learning_rate(update, args):
     return args.lr * min(1, (update + 1) / warmup)
 
 
-def roll_out(run, problems, group, noise, temperature, label, **more):
+def roll_out(run, problems, group, noise, temperature, label, values=None):
     """`group` responses to each of the problems, --rollout-rows at once -> Rollout.
 
-    noise: (problems x group, max_new_tokens). more: a v for every problem (methods/es.py).
+    noise: (problems x group, max_new_tokens). values: a v for every problem (methods/es.py).
     """
     args = run.args
     prompts = [run.prompt_ids(problem) for problem in problems]
@@ -111,7 +111,7 @@ def roll_out(run, problems, group, noise, temperature, label, **more):
         for start in range(0, len(prompts), chunk):
             some = slice(start, start + chunk)  # of the prompts
             rows = slice(start * group, (start + chunk) * group)
-            extra = {name: values[some] for name, values in more.items()}
+            extra = {} if values is None else {"values": values[some]}
             bar.start_chunk(len(prompts[some]) * group)
             rollouts.append(run.engine.generate(
                 run.model, prompts[some], group, args.max_new_tokens, run.chat.stop_ids,
@@ -123,7 +123,7 @@ def roll_out(run, problems, group, noise, temperature, label, **more):
 def score(run, rollout, problems):
     """(texts, {name: (B,) tensor}): the responses as text, and what the task says of each."""
     group = len(rollout.prompts) // len(problems)
-    texts = [run.chat.decode(i, m) for i, m in zip(rollout.ids.cpu(), rollout.mask.cpu())]
+    texts = [run.chat.decode(*row) for row in zip(rollout.ids.cpu(), rollout.mask.cpu())]
     scores = [run.task.score(text, problems[i // group]) for i, text in enumerate(texts)]
     return texts, {name: torch.tensor([float(s[name]) for s in scores]) for name in run.score_names}
 
@@ -135,10 +135,10 @@ def evaluate(run, problems, label, step, sampled=False):
     numbers = range(len(problems))[ranks.share(len(problems))]  # this rank's
     results = []
     if numbers:  # there may be more ranks than problems
-        some = [problems[i] for i in numbers]
+        mine = [problems[i] for i in numbers]
         noise = grpo.uniforms([[4, 0, i, 0] for i in numbers], run.args.max_new_tokens)
-        rollout = roll_out(run, some, 1, noise, 1.0 if sampled else 0.0, label)
-        texts, scores = score(run, rollout, some)
+        rollout = roll_out(run, mine, 1, noise, 1.0 if sampled else 0.0, label)
+        texts, scores = score(run, rollout, mine)
         columns = [scores[name].tolist() for name in run.score_names]
         results = list(zip(texts, rollout.mask.sum(1).tolist(), *columns))
     texts, lengths, *columns = zip(*ranks.gather(results))
@@ -182,7 +182,7 @@ def grpo_step(run, optimizer, reference, problems, positions, rates):
     args = run.args
     label = f"step {positions[0] // args.prompts + 1}"
     keys = [[3, args.seed, p, g] for p in positions for g in range(args.group)]
-    noise = grpo.uniforms(keys, args.max_new_tokens)  # (B, T)
+    noise = grpo.uniforms(keys, args.max_new_tokens)  # (B, max_new_tokens)
     rollout = roll_out(run, problems, args.group, noise, args.temperature, label)
     _, scores = score(run, rollout, problems)
     advantage = grpo.advantages(scores[args.reward].view(-1, args.group))  # (P, G)
@@ -191,7 +191,7 @@ def grpo_step(run, optimizer, reference, problems, positions, rates):
     updates = []
     for rate, mini_batch in zip(rates, rollout.split(args.minibatches)):
         optimizer.param_groups[0]["lr"] = rate
-        if args.kl > 0:  # the same forward pass with the values in `reference`
+        if args.kl > 0:  # the same forward pass, see support/params.py
             mini_batch.ref_logp = reference_logprobs(run, mini_batch, optimizer, reference)
         updates.append(grpo.update(run.model, optimizer, mini_batch, args, run.engine))
     return rollout, scores, updates
@@ -207,14 +207,14 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
         positions, problems = problems_of_step(step, train_problems, args)
         rates = [learning_rate(step * args.minibatches + k, args) for k in range(args.minibatches)]
         if args.algo == "grpo":
-            done = grpo_step(run, optimizer, reference, problems, positions, rates)
+            outcome = grpo_step(run, optimizer, reference, problems, positions, rates)
         elif args.algo == "sft":
             from methods import sft
-            done = sft.step(run, optimizer, problems, rates)
+            outcome = sft.step(run, optimizer, problems, rates)
         else:
             from methods import es
-            done = es.step(run, optimizer, problems, positions, rates, roll_out, score)
-        rollout, scores, updates = done
+            outcome = es.step(run, optimizer, problems, positions, rates, roll_out, score)
+        rollout, scores, updates = outcome
         row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
         ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
