@@ -150,7 +150,6 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
     hidden = model.hidden(pad(prompts, device), cache, lengths)  # (P, longest prompt, C)
     hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, C)
 
-    # every prompt becomes a group of rows
     cache.repeat(group, max_new_tokens)
     hidden = hidden.repeat_interleave(group, 0)  # (B, C)
 
@@ -192,7 +191,7 @@ def logprobs(model, rollout, recompute=False):
     column = start[:, None] + torch.arange(T, device=device)  # (B, T): place of token t
     text = F.pad(pad(rollout.prompts, device), (0, T)).scatter(1, column, rollout.ids)  # (B, L)
     hidden = model.hidden(text, lengths=start + mask.sum(1), recompute=recompute)  # (B, L, C)
-    row = torch.arange(len(mask), device=device)[:, None]
+    row = torch.arange(len(mask), device=device)[:, None]  # (B, 1)
     hidden = hidden[row, column - 1][mask]  # (N, C): the state before each of N tokens predicts it
     target = rollout.ids[mask]  # (N,)
 

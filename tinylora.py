@@ -7,8 +7,9 @@ W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs)
 are fixed random r x r matrices, different for every module. v is all that is trained: u numbers for
 each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
 13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
-the base model bit for bit. Nothing is merged into W: in bf16 a small change is rounded away (and
-merging an adapter and taking it out again alters about 17% of the weights: TRL #6688).
+the base model bit for bit. Small steps of v are below bf16's last place, in W and in W x: nothing
+is merged into W (merging and taking out alters about 17% of the weights: TRL #6688), and W x is not
+rounded before v's part is added (docs/efficiency.md).
 
 SCALE. The paper gives neither P's distribution, v's start, a scale nor the modules' order. A new P
 for every module and v = 0 are ours; in the authors' fork modules with equal min(in, out) have one
@@ -20,7 +21,7 @@ P, and v starts at N(0, 1e-5). Adam moves v by about lr an update, so what count
     PEFT             U sqrt(S) R sqrt(S) V^T, R = sum v P  N(0, 1/r)   sqrt(u/r) lr
 
 With S left of R, right of it or on both sides, entry (i, j) of R is weighted by s_i, s_j or
-sqrt(s_i s_j), respectively: no learning rate undoes that.
+sqrt(s_i s_j): no learning rate undoes that.
 
 LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i has one 1, at entry i, and no
 1/sqrt(u): v IS R.
@@ -29,8 +30,8 @@ THE FILE. An adapter is a safetensors file of one tensor, v tie by tie (13 numbe
 fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from
 numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
 from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
-and bf16, tells whether it is that model. Another processor, engine or dtype rounds the SVD in
-another way: there the model is the same up to rounding.
+and bf16, tells whether it is that model. With another processor, engine or dtype the adapted model
+is the same up to rounding, unless singular values nearly agree.
 """
 import math
 
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from support.adapter_file import DTYPES, VERSION, check_settings, check_size, read
+from support.adapter_file import DTYPES, VERSION, check_rank, check_settings, check_size, read
 from support.checkpoint import fingerprint
 from support.directions import ALL, pick
 from support.errors import InputError
@@ -78,6 +79,15 @@ def svd(weights, rank):
         yield truncated_svd(W, rank)
 
 
+def added(base, x, change):
+    """base(x) + change, rounded once: x (..., d_in), change (..., d_out)."""
+    if base.bias is not None:
+        change = change + base.bias
+    W = base.weight
+    y = torch.addmm(change.reshape(-1, len(W)), x.reshape(-1, W.shape[1]), W.T)
+    return y.view_as(change)
+
+
 class TinyLoRALinear(nn.Module):
     """A frozen nn.Linear plus U S R V^T. After a change here: --engine plain, or change fast/, too.
 
@@ -104,15 +114,14 @@ class TinyLoRALinear(nn.Module):
         R = self.R()
         h = F.linear(x, self.Vt)  # (..., r)
         h = F.linear(h.to(R.dtype), R)  # (..., r), fp32
-        return self.base(x) + F.linear(h.to(x.dtype), self.US)
+        return added(self.base, x, F.linear(h.to(x.dtype), self.US))
 
 
 def random_P(u, rank, seed, index):
     """P_1 ... P_u / sqrt(u) of module number `index`, (u, r, r), from a stream of its own.
 
-    Keys of streams have four words, the first for its use: 1 P, 2 the problems' order, 3 sampling,
-    4 evaluation, 5 LoRA's A, 6 ES, 7 the fast engine's check, 8 directions, from 9 tools/. numpy
-    fills shorter keys up: [5, 3] and [5, 3, 3, 1] are one stream.
+    Keys have four words, the first for the use: 1 P, 2 the problems' order, 3 sampling, 4
+    evaluation, 5 LoRA's A, 6 ES, 7 the fast engine's check, 8 directions, from 9 tools/, bench/.
     """
     stream = np.random.RandomState([1, seed, index, 0])
     return torch.from_numpy(stream.standard_normal((u, rank, rank))) / math.sqrt(u)
@@ -125,9 +134,9 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     n_tie, the paper's name, is the size of a tie, not their number. tying is the flag --tie.
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
-    wanted number of ties: 13 on 196 modules are 12 ties of 16 and one of 4. If there is none, ties
-    differ in size by at most one, and the n_tie returned is None. With more numbers than modules,
-    the number of ties is the largest divisor of params up to that. InputError: no such plan.
+    wanted number of ties. If there is none, ties differ in size by at most one, and the n_tie
+    returned is None. With more numbers than modules, the number of ties is the largest divisor of
+    params up to that. InputError: no such plan.
     """
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, len(TARGETS) * layers) if tying == "tiled" else (len(TARGETS), layers)
@@ -171,10 +180,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     """
     if hasattr(model, "adapter"):
         raise ValueError("this model carries an adapter already")
-    c = model.config
-    fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
-    if not 1 <= rank <= fits:
-        raise InputError(f"--rank {rank} does not fit the model's smallest weight: use 1 to {fits}")
+    check_rank(model.config, rank)
     if method == "lora-xs":
         u = rank * rank
         n_tie = 1

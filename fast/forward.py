@@ -56,15 +56,28 @@ def base_linear(module, x):
     return module(x)
 
 
+def plus(base, x, h, A):
+    """base(x) + h A: x (N, d_in), h (N, r), A (r, d_out) -> (N, d_out).
+
+    In 16 bits as tinylora.added: W x is added to h A, and the sum is rounded once. In fp32 the
+    other way round, which is faster.
+    """
+    if x.dtype in (torch.float32, torch.float64):
+        return base_linear(base, x).addmm_(h, A)
+    y = h @ A
+    if base.bias is not None:
+        y += base.bias
+    return y.addmm_(x, base.weight.T)
+
+
 def project_one(module, x):
     """A linear layer, adapted or not: x (N, d_in) -> (N, d_out)."""
     if type(module) is not TinyLoRALinear:
         return base_linear(module, x)
-    y = base_linear(module.base, x)  # (N, d_out)
     h = linear(x, module.Vt)  # (N, r)
     R = module.R()
     h = h.to(R.dtype) @ R.T  # fp32: rounded to bf16, a small step of v would vanish
-    return y.addmm_(h.to(x.dtype), module.US.T)
+    return plus(module.base, x, h.to(x.dtype), module.US.T)
 
 
 def project(modules, x):
@@ -105,7 +118,7 @@ class Held(Layers):
     def project_one(self, module, x):
         if module not in self.RSUt:
             return base_linear(module, x)
-        return base_linear(module.base, x).addmm_(linear(x, module.Vt), self.RSUt[module])
+        return plus(module.base, x, linear(x, module.Vt), self.RSUt[module])
 
 
 class HeldMany(Layers):
@@ -132,7 +145,7 @@ class HeldMany(Layers):
         Rt = self.Rt[module][self.which]  # (N, r, r): every token has one of its own
         h = linear(x, module.Vt).to(Rt.dtype)  # (N, r)
         h = torch.bmm(h[:, None], Rt)[:, 0]  # (N, r)
-        return base_linear(module.base, x).addmm_(h.to(x.dtype), module.US.T)
+        return plus(module.base, x, h.to(x.dtype), module.US.T)
 
 
 def rotate(x, cos, sin):

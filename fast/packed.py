@@ -28,9 +28,9 @@ def lay_out(W):
     return torch.ops.mkldnn._reorder_linear_weight(W.detach(), ROWS)
 
 
-def product(x, W, bias=None):
+def product(x, W):
     """x (N, d_in) times a weight that was laid out -> (N, d_out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
 
 
 class Stack:
@@ -46,7 +46,8 @@ class Stack:
         self.RSUt = torch.block_diag(*[held.RSUt[module] for module in modules])
 
     def project(self, x):
-        y = product(x, self.W, self.bias).addmm_(x @ self.Vt.T, self.RSUt)
+        change = x @ self.Vt.T @ self.RSUt
+        y = torch.ops.mkldnn._linear_pointwise(x, change, self.W, self.bias, "add")  # rounded once
         return y.split(self.sizes, 1)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from support.adapter_file import check_base
 from support.errors import InputError
 from support.files import make_folder, open_tensors, read_json, replacing, write_json
-from tinylora import DTYPES, TARGETS, fingerprint
+from tinylora import DTYPES, TARGETS, added, fingerprint
 
 PREFIX = "base_model.model.model."  # PEFT's, before the names of this project's modules
 # Fields of adapter_config.json that change what is computed, with the values that this file knows.
@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         h = F.linear(x.to(self.A.dtype), self.A)  # (..., r)
         h = F.linear(h, self.B * self.scale)  # (..., d_out)
-        return self.base(x) + h.to(x.dtype)
+        return added(self.base, x, h.to(x.dtype))
 
 
 def start(model, args):

@@ -80,6 +80,14 @@ def check_base(path, wanted, name, here):
                          f"({name or 'one its file does not name'}), or for other weights of it")
 
 
+def check_rank(config, rank):
+    """InputError if a weight of the model has fewer singular directions."""
+    c = config
+    fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
+    if not 1 <= rank <= fits:
+        raise InputError(f"--rank {rank} does not fit the model's smallest weight: use 1 to {fits}")
+
+
 def check_size(model, modules, rank, u):
     """InputError if P, u x rank x rank numbers for every module, would be larger than the model.
 

@@ -70,6 +70,11 @@ def random_v(v, scale=0.3, seed=0):
     return v
 
 
+def arrives(y, base, change):
+    """How much of a change (N, d_out), in fp64, is in y less base: 1 when all of it is there."""
+    return ((y.double() - base.double()) * change).sum() / change.square().sum()
+
+
 def rollout(model, prompts=((1, 2, 3, 4, 5), (6, 7, 8), (9, 10)), group=4, length=12,
             temperature=1.0, stops=(0, 3), seed=0, engine=grpo, **kw):
     """A ragged batch, some of whose rows stop early."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import LLAMA3, MODELS, TOY, check_logprobs, random_v, rollout, tiny, to_double
+from helpers import (LLAMA3, MODELS, TOY, arrives, check_logprobs, random_v, rollout, tiny,
+                     to_double)
 
 import fast
 import grpo
@@ -223,6 +224,33 @@ def test_every_way_to_apply_a_layer_is_the_formula(dtype, tolerance):
                     many.project_one(module, x)]
             for y in (*ways, module(x)):
                 assert (y - exact).norm() < tolerance * exact.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["plain", "training", "sampling", "many", "lora"])
+def test_a_small_change_is_not_rounded_away_in_bf16(way):
+    """Far below the last place of W x, it arrives at its size on average: the sum is rounded once.
+    (Half of it was lost, and more at v's first steps, while W x was rounded before.)"""
+    model = tiny(dtype=torch.bfloat16)
+    trained = lora.adapt(model, rank=2) if way == "lora" else [tinylora.adapt(model, 1)]
+    layer = model.layers[0].mlp.up_proj
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((5000, 32))).bfloat16()
+    before = layer(x)
+    assert torch.equal(before, layer.base(x))
+    if way == "lora":
+        random_v(layer.B, 1e-4)
+        change = x.double() @ layer.A.T.double() @ layer.B.T.double() * layer.scale
+    else:
+        trained[0].fill_(0.001)
+        change = x.double() @ layer.Vt.T.double() @ layer.R().T.double() @ layer.US.T.double()
+    assert change.norm() < 1e-3 * before.double().norm()
+    many = forward.HeldMany(model, trained[0][None]) if way == "many" else None
+    if many:
+        many.which = torch.zeros(5000, dtype=torch.long)
+    apply = {"plain": lambda layer, x: layer(x), "lora": lambda layer, x: layer(x),
+             "training": forward.project_one, "sampling": forward.Held(model).project_one,
+             "many": many and many.project_one}[way]
+    assert 0.9 < arrives(apply(layer, x), before, change) < 1.1
 
 
 def test_linear_is_the_product_for_any_sizes():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import random_v, rollout, tiny
+from helpers import arrives, random_v, rollout, tiny
 
 import fast
 import grpo
@@ -74,6 +74,22 @@ def test_every_stack_is_its_layers(dtype, tolerance):
                               @ module.US.T.double())
                     assert y.shape == exact.shape and y.dtype == dtype
                     assert (y - exact).norm() < tolerance * exact.norm()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not BF16, reason="no bf16")
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_small_change_is_not_rounded_away_in_bf16(kind):
+    """As tests/test_fast.py's; here beside a bias, too."""
+    model, v = adapted(torch.bfloat16, scale=0.0, kind=kind)
+    modules = [model.layers[0].self_attn.get_submodule(name + "_proj") for name in "qkv"]
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((500, 512))).bfloat16()
+    before = packed.hold(model).project(modules, x)
+    random_v(v, 0.003)
+    for module, y, base in zip(modules, packed.hold(model).project(modules, x), before):
+        change = x.double() @ module.Vt.T.double() @ module.R().T.double() @ module.US.T.double()
+        assert change.norm() < 1e-3 * base.double().norm()
+        assert 0.9 < arrives(y, base, change) < 1.1
 
 
 def test_where_there_is_nothing_to_gain_nothing_is_laid_out(monkeypatch):
