@@ -30,7 +30,7 @@ THE FILE. An adapter is a safetensors file of one tensor, v tie by tie (13 numbe
 fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from
 numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
 from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
-and bf16, tells whether it is that model. With another processor, engine or dtype the adapted model
+and bf16, tells whether it is that model. With another processor, engine or dtype the model
 is the same up to rounding, unless singular values nearly agree.
 """
 import math
