@@ -167,7 +167,7 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
         if t + 1 == max_new_tokens:
             break
         if (t + 1) % CHECK_EVERY == 0:
-            ended = int(done.sum())  # the host waits for the device here
+            ended = int(done.sum())
             if progress:
                 progress(t + 1, ended)
             if ended == B:

@@ -9,7 +9,7 @@ and, where problems are not just the JSON lines of train.jsonl and test.jsonl, a
 
     load(data, eval_only) -> (training problems, test problems): dicts; "solution" is for SFT
 
-This task has three scores, reported side by side, because much of a gain can be mere
+This task has three scores, side by side, because much of a gain can be mere
 format (the paper reports strict; on lenient a reproduction gained far less):
 
     strict   the last number that follows a "####" in the last 300 characters is right. Unlike the

@@ -7,9 +7,9 @@ W is frozen. U S V^T is its truncated SVD of rank r (2 in the paper's main runs)
 are fixed random r x r matrices, different for every module. v is all that is trained: u numbers for
 each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
 13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
-the base model bit for bit. Small steps of v are below bf16's last place, in W and in W x: nothing
-is merged into W (merging and taking out alters about 17% of the weights: TRL #6688), and W x is not
-rounded before v's part is added (docs/efficiency.md).
+the base model, on a CPU bit for bit. Small steps of v are below bf16's last place, in W and in W x:
+nothing is merged into W (merging and taking out alters about 17% of the weights: TRL #6688), and
+W x is not rounded before v's part is added (docs/efficiency.md).
 
 SCALE. The paper gives neither P's distribution, v's start, a scale nor the modules' order. A new P
 for every module and v = 0 are ours; in the authors' fork modules with equal min(in, out) have one
@@ -80,7 +80,7 @@ def svd(weights, rank):
 
 
 def added(base, x, change):
-    """base(x) + change, rounded once: x (..., d_in), change (..., d_out)."""
+    """base(x) + change, rounded once (b + change first): x (..., d_in), change (..., d_out)."""
     if base.bias is not None:
         change = change + base.bias
     W = base.weight
@@ -131,7 +131,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """Which tie each of the 7 * layers modules belongs to: (tie of each module, ties, u, n_tie).
 
     Trained numbers = ties x u; params: how many are wanted (None: 13, or what n_tie and u make).
-    n_tie, the paper's name, is the size of a tie, not their number. tying is the flag --tie.
+    n_tie (the paper's name) is a tie's size, not their number. tying is the flag --tie.
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
     wanted number of ties. If there is none, ties differ in size by at most one, and the n_tie

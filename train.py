@@ -33,7 +33,7 @@ from support.threads import choose_threads
 
 # The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # tinylora: the fork's
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
 RECIPE = [
     ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "what is trained"),
     ("params", None, count, "how many numbers to train: ties x u (13)"),
@@ -49,7 +49,7 @@ RECIPE = [
     ("prompts", 64, count, "problems a step"),
     ("group", 4, count, "responses to each problem"),
     ("minibatches", 2, count, "Adam updates a step"),
-    ("lr", None, positive, f"learning rate ({LR})"),
+    ("lr", None, positive, f"learning rate ({', '.join(f'{m} {x:g}' for m, x in LR.items())})"),
     ("warmup", 0.05, fraction, "share of updates with rising lr"),
     ("temperature", 1.0, positive, "of the sampling"),
     ("max-new-tokens", 1024, count, "longest response (paper: up to 4096)"),
@@ -59,7 +59,7 @@ RECIPE = [
     ("grad-clip", 1.0, positive, "largest gradient norm"),
     ("reward", None, str, "the score to learn from (the task's first: strict)"),
 ]
-SAMPLED = (False, True)  # evaluate's last argument, in turn: greedy, then at T = 1
+SAMPLED = (False, True)  # of evaluate: greedy, then at T = 1
 
 
 @dataclass

@@ -59,7 +59,7 @@ def base_linear(module, x):
 def plus(base, x, h, A):
     """base(x) + h A: x (N, d_in), h (N, r), A (r, d_out) -> (N, d_out).
 
-    In 16 bits as tinylora.added: W x is added to h A, and the sum is rounded once. In fp32 the
+    In 16 bits as tinylora.added: W x is added to h A + b, and the sum is rounded once. In fp32 the
     other way round, which is faster.
     """
     if x.dtype in (torch.float32, torch.float64):

@@ -4,9 +4,9 @@
                                           on the same 7 linears of every block
     full   every weight is trained        in fp32, because a step of 1e-6 rounds away in bf16
 
-Both start at the base model bit for bit, and are saved as their users expect: a LoRA as the folder
-that PEFT and vLLM load, a fully trained model as an ordinary model folder. (LoRA-XS, the third, is
-TinyLoRA with other settings.)
+Both start at the base model (on a CPU bit for bit), and are saved as their users expect: a LoRA as
+the folder that PEFT and vLLM load, a fully trained model as an ordinary model folder. (LoRA-XS, the
+third, is TinyLoRA with other settings.)
 """
 import math
 import shutil

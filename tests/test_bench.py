@@ -34,6 +34,14 @@ def test_a_base_is_what_transformers_gets(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: --model gone: no such folder\n"
 
 
+def test_rounding():
+    """Of a change in fp32, most is there in bf16 and not several times as much."""
+    text, result = bench("rounding.py", "--directions", "3", "--tokens", "200")
+    assert text.count(" +- ") == 3
+    assert [len(shares) for shares in result.values()] == [3, 3, 3]
+    assert 0.5 < sum(result["0.02"]) / 3 < 1.5
+
+
 def test_scale():
     text, result = bench("scale.py", "--shapes", "toy", "--batches", "8", "--tokens", "96",
                          "--rounds", "3")

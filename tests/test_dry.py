@@ -57,6 +57,19 @@ def test_a_step_keeps_to_its_device(engine, kw):
     assert machine.double_flops < 0.02 * machine.flops
 
 
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_the_products_of_all_weights_are_counted(engine):
+    """One by addmm_, as the fast engine's in bf16, was not."""
+    with dry.gpu() as machine:
+        model, _ = adapted(machine, engine)
+        layers = [m for m in model.modules() if isinstance(m, tinylora.TinyLoRALinear)]
+        numbers = sum(layer.base.weight.numel() for layer in layers)
+        machine.reset()
+        rollout = sample(engine, model, 5)
+    decoded = len(rollout.ids) * 4  # the last token is not fed back
+    assert machine.flops > 2 * numbers * decoded
+
+
 # file, where in it, what stands there, what a mistaken hand would write
 MUTANTS = [
     (grpo, "generate", "dtype=torch.bool, device=device)", "dtype=torch.bool)"),

@@ -229,8 +229,8 @@ def test_every_way_to_apply_a_layer_is_the_formula(dtype, tolerance):
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["plain", "training", "sampling", "many", "lora"])
 def test_a_small_change_is_not_rounded_away_in_bf16(way):
-    """Far below the last place of W x, it arrives at its size on average: the sum is rounded once.
-    (Half of it was lost, and more at v's first steps, while W x was rounded before.)"""
+    """Bug 25. Far below the last place of W x, it arrives at its size on average: the sum is
+    rounded once."""
     model = tiny(dtype=torch.bfloat16)
     trained = lora.adapt(model, rank=2) if way == "lora" else [tinylora.adapt(model, 1)]
     layer = model.layers[0].mlp.up_proj
@@ -251,6 +251,25 @@ def test_a_small_change_is_not_rounded_away_in_bf16(way):
              "training": forward.project_one, "sampling": forward.Held(model).project_one,
              "many": many and many.project_one}[way]
     assert 0.9 < arrives(apply(layer, x), before, change) < 1.1
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj"])  # with a bias, and without
+def test_a_layer_and_its_gradients_in_bf16_are_near_the_exact_ones(name):
+    """Of what training uses: y, x's gradient, through W and through V, and v's."""
+    ways = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = tiny(dtype=torch.bfloat16)
+        v = random_v(tinylora.adapt(model, u=3, n_tie=5), 1.0)
+        model = to_double(model) if dtype == torch.float64 else model
+        layer = model.layers[0].get_submodule(name)
+        for tensor in ("Vt", "US"):
+            setattr(layer, tensor, getattr(layer, tensor).to(dtype))
+        x = torch.from_numpy(np.random.RandomState(0).standard_normal((300, 32))).bfloat16()
+        x = x.to(dtype).requires_grad_()
+        y = forward.project_one(layer, x)
+        ways.append([y, *torch.autograd.grad(y.double().square().sum(), [x, v])])
+    for near, exact in zip(*ways):
+        assert (near - exact).norm() < 0.01 * exact.norm()
 
 
 def test_linear_is_the_product_for_any_sizes():

@@ -80,7 +80,7 @@ def test_every_stack_is_its_layers(dtype, tolerance):
 @pytest.mark.skipif(not BF16, reason="no bf16")
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_a_small_change_is_not_rounded_away_in_bf16(kind):
-    """As tests/test_fast.py's; here beside a bias, too."""
+    """Bug 25, as in tests/test_fast.py; here beside a bias, too."""
     model, v = adapted(torch.bfloat16, scale=0.0, kind=kind)
     modules = [model.layers[0].self_attn.get_submodule(name + "_proj") for name in "qkv"]
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((500, 512))).bfloat16()

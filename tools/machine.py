@@ -15,6 +15,8 @@ ACROSS = (aten._to_copy, aten.copy_)  # may have one tensor here and one there
 SIZED_BY_VALUES = (aten.nonzero, aten._unique2, aten.bincount, aten.masked_select)
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 SELECT = (aten.embedding, aten.index, aten.index_select, aten.gather)  # read what they return
+# torch's list has no addmm_, which is an addmm
+PRODUCTS = flop_registry | {aten.addmm_: flop_registry[aten.addmm]}
 EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
 
 known_shapes = {}  # an operation and the shapes it was given -> the shapes of its results
@@ -203,8 +205,8 @@ class Machine(TorchDispatchMode):
         self.operations += 1
         self.moved += moved
         flops = 0
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=results[0])
+        if packet in PRODUCTS:
+            flops = PRODUCTS[packet](*args, **kwargs, out_val=results[0])
             self.flops += flops
             self.product_bytes += moved
             if results[0].dtype == torch.float64:
