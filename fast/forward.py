@@ -21,20 +21,25 @@ from tinylora import TinyLoRALinear
 LARGE = 2**18  # numbers in a weight from which on oneDNN is faster than the default, MKL
 ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # of this processor
 
 
 class Product(torch.autograd.Function):
-    """F.linear(x, W, bias) of a frozen W, in fp32 on a CPU, by oneDNN."""
+    """F.linear(x, W, bias) + change of a frozen W, on a CPU, by oneDNN: the sum is rounded once."""
 
     @staticmethod
-    def forward(ctx, x, W, bias):
+    def forward(ctx, x, W, bias, change=None):
         ctx.save_for_backward(W)
+        ctx.changed = change is not None
+        if ctx.changed:
+            return torch.ops.mkldnn._linear_pointwise(x, change, W, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, dy):
         [W] = ctx.saved_tensors
-        return torch.ops.mkldnn._linear_pointwise(dy, W.T, None, "none", [], ""), None, None
+        dx = torch.ops.mkldnn._linear_pointwise(dy, W.T, None, "none", [], "")
+        return dx, None, None, dy if ctx.changed else None
 
 
 def linear(x, W, bias=None):
@@ -59,13 +64,15 @@ def base_linear(module, x):
 def plus(base, x, h, A):
     """base(x) + h A: x (N, d_in), h (N, r), A (r, d_out) -> (N, d_out).
 
-    In 16 bits as tinylora.added: W x is added to h A + b, and the sum is rounded once. In fp32 the
-    other way round, which is faster.
+    In 16 bits W x is added to h A, as in tinylora.added, and the sum is rounded once; so is its sum
+    with the bias, where BF16. In fp32 the other way round, which is faster.
     """
     if x.dtype in (torch.float32, torch.float64):
         return base_linear(base, x).addmm_(h, A)
     y = h @ A
     if base.bias is not None:
+        if BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            return Product.apply(x, base.weight, base.bias, y)
         y += base.bias
     return y.addmm_(x, base.weight.T)
 

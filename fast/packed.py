@@ -6,7 +6,7 @@ and 32 rows it makes sampling 1.2 times faster in fp32, 1.1 in bf16 (docs/effici
 """
 import torch
 
-from fast.forward import LARGE, ONEDNN, Held, head
+from fast.forward import BF16, LARGE, ONEDNN, Held, head
 from tinylora import TinyLoRALinear
 
 MOST = 2**32  # bytes of copies; a larger model is sampled without them
@@ -16,7 +16,7 @@ ROWS = 32  # the layout is chosen for this many; any other number is computed, t
 def hold(model):
     """What applies the layers of one rollout: Packed where it can, Held elsewhere."""
     W = head(model)
-    bf16 = W.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = W.dtype == torch.bfloat16 and BF16
     numbers = W.numel() + sum(p.numel() for p in model.layers.parameters())
     fits = numbers * W.element_size() <= MOST
     if ONEDNN and W.device.type == "cpu" and (W.dtype == torch.float32 or bf16) and fits:

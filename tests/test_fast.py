@@ -227,13 +227,17 @@ def test_every_way_to_apply_a_layer_is_the_formula(dtype, tolerance):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["plain", "training", "sampling", "many", "lora"])
-def test_a_small_change_is_not_rounded_away_in_bf16(way):
+@pytest.mark.parametrize("name,way", [
+    *[("mlp.up_proj", way) for way in ("plain", "training", "sampling", "many", "lora")],
+    *[pytest.param("self_attn.q_proj", way,
+                   marks=pytest.mark.skipif(not forward.BF16, reason="no bf16"))
+      for way in ("training", "sampling", "many")]])
+def test_a_small_change_is_not_rounded_away_in_bf16(name, way):
     """Bug 25. Far below the last place of W x, it arrives at its size on average: the sum is
-    rounded once."""
+    rounded once. q_proj has a bias."""
     model = tiny(dtype=torch.bfloat16)
     trained = lora.adapt(model, rank=2) if way == "lora" else [tinylora.adapt(model, 1)]
-    layer = model.layers[0].mlp.up_proj
+    layer = model.layers[0].get_submodule(name)
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((5000, 32))).bfloat16()
     before = layer(x)
     assert torch.equal(before, layer.base(x))

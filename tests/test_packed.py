@@ -9,11 +9,10 @@ import fast
 import grpo
 import tinylora
 from fast import packed
-from fast.forward import Held
+from fast.forward import BF16, Held
 from methods import lora
 
 LARGE = dict(hidden=512, mid=600, heads=8, kv=4, head_dim=64, layers=2, vocab=600)
-BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 pytestmark = pytest.mark.skipif(not packed.ONEDNN, reason="no oneDNN in this torch")
 
