@@ -42,7 +42,7 @@ from support import ranks
 from support.errors import InputError
 from tinylora import DTYPES, svd  # noqa: F401 (svd: this module is an engine, see train.Run)
 
-CHECK_EVERY = 4  # tokens between checks for the end: a check makes the host wait for the device
+CHECK_EVERY = 4  # tokens between checks for the end: then the host waits for the device
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
 
 

@@ -26,12 +26,12 @@ sqrt(s_i s_j): no learning rate undoes that.
 LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i has one 1, at entry i, and no
 1/sqrt(u): v IS R.
 
-THE FILE. An adapter is a safetensors file of one tensor, v tie by tie (13 numbers: 52 bytes in
-fp32, 26 in bf16), and a header with the settings of model.adapter. The rest is rebuilt: P from
-numpy's RandomState, a stream that never changes, seeded by [1, seed, module number, 0]; U S V^T
-from the base model's weights as loaded, with a rule for the signs; a fingerprint, the same in fp32
-and bf16, tells whether it is that model. With another processor, engine or dtype the model
-is the same up to rounding, unless singular values nearly agree.
+THE FILE. An adapter is a safetensors file of one tensor, v tie by tie, and a header with the
+settings of model.adapter. The rest is rebuilt: P from numpy's RandomState, which never
+changes, seeded by [1, seed, module number, 0]; U S V^T from the base model's weights as loaded,
+with a rule for the signs; a fingerprint, the same in fp32 and bf16, tells whether it is that model.
+With another processor, engine or dtype the model is the same up to rounding, unless singular values
+nearly agree.
 """
 import math
 
@@ -242,3 +242,7 @@ def load(path, model, svd=svd):
     v = model.layers[0].get_submodule(TARGETS[0]).v
     v.copy_(stored.view_as(v))
     return v
+
+
+if __name__ == "__main__":
+    raise SystemExit("now: python -m tools.export")

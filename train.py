@@ -275,7 +275,7 @@ def work(args):
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
         reference = [p.detach().clone() for p in params] if args.kl > 0 else None
         state = resume.load(out, params, optimizer, reference) if args.resume else None
-        if state is None:  # a new run, or one that was stopped before it had any
+        if state is None:  # or stopped before it had any
             base = [evaluate(run, test_problems, "evaluation", 0, how) for how in SAMPLED]
             state = {"step": 0, "tokens": 0, "seconds": time.time() - began, "base": base}
             resume.save(out, state, params, optimizer, reference)
