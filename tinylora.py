@@ -27,9 +27,9 @@ LORA-XS (arXiv 2405.17604) trains R itself: u = r^2, nothing tied, P_i has one 1
 1/sqrt(u): v IS R.
 
 THE FILE. An adapter is a safetensors file of one tensor, v tie by tie, and a header with the
-settings of model.adapter. The rest is rebuilt: P from numpy's RandomState, which never
-changes, seeded by [1, seed, module number, 0]; U S V^T from the base model's weights as loaded,
-with a rule for the signs; a fingerprint, the same in fp32 and bf16, tells whether it is that model.
+settings of model.adapter. The rest is rebuilt: P from numpy's RandomState, which never changes,
+seeded by [1, seed, module number, 0]; U S V^T from the base model's weights as loaded, with a rule
+for the signs; a fingerprint, the same in fp32 and bf16, tells whether it is that model.
 With another processor, engine or dtype the model is the same up to rounding, unless singular values
 nearly agree.
 """

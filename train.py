@@ -31,9 +31,9 @@ from support.params import reference_logprobs
 from support.scores import averages, print_evaluation
 from support.threads import choose_threads
 
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
 # The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
 RECIPE = [
     ("method", "tinylora", ["tinylora", "lora-xs", "lora", "full"], "what is trained"),
     ("params", None, count, "how many numbers to train: ties x u (13)"),
@@ -275,7 +275,7 @@ def work(args):
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
         reference = [p.detach().clone() for p in params] if args.kl > 0 else None
         state = resume.load(out, params, optimizer, reference) if args.resume else None
-        if state is None:  # or stopped before it had any
+        if state is None:  # new, or stopped before it had any
             base = [evaluate(run, test_problems, "evaluation", 0, how) for how in SAMPLED]
             state = {"step": 0, "tokens": 0, "seconds": time.time() - began, "base": base}
             resume.save(out, state, params, optimizer, reference)

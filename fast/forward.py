@@ -24,22 +24,27 @@ ONEDNN = torch.backends.mkldnn.is_available() and all(
 BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # of this processor
 
 
+def product(x, W, bias=None, change=None):
+    """F.linear(x, W, bias) + change on a CPU, by oneDNN: the sum is rounded once. W may be one that
+    packed.lay_out made."""
+    if change is None:
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, change, W, bias, "add")
+
+
 class Product(torch.autograd.Function):
-    """F.linear(x, W, bias) + change of a frozen W, on a CPU, by oneDNN: the sum is rounded once."""
+    """product of a frozen W."""
 
     @staticmethod
     def forward(ctx, x, W, bias, change=None):
         ctx.save_for_backward(W)
         ctx.changed = change is not None
-        if ctx.changed:
-            return torch.ops.mkldnn._linear_pointwise(x, change, W, bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+        return product(x, W, bias, change)
 
     @staticmethod
     def backward(ctx, dy):
         [W] = ctx.saved_tensors
-        dx = torch.ops.mkldnn._linear_pointwise(dy, W.T, None, "none", [], "")
-        return dx, None, None, dy if ctx.changed else None
+        return product(dy, W.T), None, None, dy if ctx.changed else None
 
 
 def linear(x, W, bias=None):
