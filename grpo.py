@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Cache, log_softmax, pad, upcast
 from support import ranks
 from support.errors import InputError
-from tinylora import DTYPES, svd  # noqa: F401 (svd: this module is an engine, see train.Run)
+from tinylora import DTYPES, svd  # noqa: F401 (svd: an engine has one)
 
 CHECK_EVERY = 4  # tokens between checks for the end: then the host waits for the device
 HEAD_CHUNK = 1024  # response tokens whose logits exist at once in the trainer
@@ -174,8 +174,8 @@ def generate(model, prompts, group, max_new_tokens, stop_ids, temperature, noise
                 break
         hidden = model.hidden(token[:, None], cache)[:, 0]  # (B, C); ended rows too
     check_finite(logp, "log-prob of a sampled token")
-    rows = [prompt for prompt in prompts for _ in range(group)]
-    return Rollout(rows, ids[:, :t + 1], mask[:, :t + 1], logp[:, :t + 1], temperature)
+    prompts = [prompt for prompt in prompts for _ in range(group)]
+    return Rollout(prompts, ids[:, :t + 1], mask[:, :t + 1], logp[:, :t + 1], temperature)
 
 
 def logprobs(model, rollout, recompute=False):
@@ -189,8 +189,8 @@ def logprobs(model, rollout, recompute=False):
     T = mask.shape[1]
     start = torch.tensor([len(prompt) for prompt in rollout.prompts], device=device)  # (B,)
     column = start[:, None] + torch.arange(T, device=device)  # (B, T): place of token t
-    text = F.pad(pad(rollout.prompts, device), (0, T)).scatter(1, column, rollout.ids)  # (B, L)
-    hidden = model.hidden(text, lengths=start + mask.sum(1), recompute=recompute)  # (B, L, C)
+    ids = F.pad(pad(rollout.prompts, device), (0, T)).scatter(1, column, rollout.ids)  # (B, L)
+    hidden = model.hidden(ids, lengths=start + mask.sum(1), recompute=recompute)  # (B, L, C)
     row = torch.arange(len(mask), device=device)[:, None]  # (B, 1)
     hidden = hidden[row, column - 1][mask]  # (N, C): the state before each of N tokens predicts it
     target = rollout.ids[mask]  # (N,)

@@ -5,18 +5,18 @@ A task is a module of two functions (python train.py --task FILE.py; docs/your-o
     prompt(problem, instruction) -> the user's turn; instruction: --instruction, or None
     score(text, problem)         -> {"name": reward, ...}: what a response earns; text may be ""
 
-and, where problems are not just the JSON lines of train.jsonl and test.jsonl, a third:
+and, where problems are more than JSON lines of train.jsonl and test.jsonl, a third:
 
     load(data, eval_only) -> (training problems, test problems): dicts; "solution" is for SFT
 
-This task has three scores, side by side, because much of a gain can be mere
-format (the paper reports strict; on lenient a reproduction gained far less):
+Three scores side by side, because much of a gain can be mere format (the paper reports
+strict; on lenient a reproduction gained far less):
 
     strict   the last number that follows a "####" in the last 300 characters is right. Unlike the
              paper's rule, it needs no space there, takes $18 and 18.00 for 18, and cuts no number
              out of a longer expression (support/plain_numbers.py).
     lenient  strict's number is right or, if there is none, the last number anywhere in the text.
-    format   strict's number exists. As the reward it is the control for mere format.
+    format   strict's number exists. As the reward, the control for mere format.
 
 A "problem" instead of a "question" is of MATH's kind: the prompt asks for \\boxed{}, strict and
 format want the last \\boxed{}, and answers are LaTeX, compared by support/boxed.py.

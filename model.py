@@ -1,4 +1,4 @@
-"""A decoder for Qwen2.5 and Llama 3, written out by hand and read from Hugging Face folders.
+"""A decoder for Qwen2.5 and Llama 3, written by hand and read from Hugging Face folders.
 
 Both are the same pre-norm transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 They differ in a bias on q, k and v (Qwen2.5's alone) and in the rope table.
@@ -13,7 +13,7 @@ Parameter names are the checkpoint's without "model.", so loading is a strict co
 One rule serves training, prefill and decoding alike: every key has a position, and a query sees the
 keys whose position is at most its own. Padding has the position NEVER, larger than any real
 query's (padded queries see all keys, so no softmax is empty; their output is not used). No mask is
-ever guessed from `ids != pad`: id 0 may be a real token.
+guessed from `ids != pad`: id 0 may be a real token.
 
 Shapes: B rows, T tokens of this call, S keys (earlier ones included), C hidden size, H query heads,
 KV key heads, D head size.

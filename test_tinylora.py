@@ -85,7 +85,7 @@ def test_cache_equals_one_pass():
 
 def test_the_layer_is_the_formula():
     """y = W x + U S R V^T x with R = sum v_i P_i / sqrt(u): S used once, R not transposed, W's
-    bias kept, the entries of each u sum to a positive number, module i has tie i // n_tie."""
+    bias kept, each column of U sums to a positive number, module i has tie i // n_tie."""
     model = tiny()
     v = randomize(tinylora.adapt(model, u=3, n_tie=5, rank=2, seed=7), 0.3)
     golden = [0.37626179, -0.0987307]  # P's first numbers, on every machine

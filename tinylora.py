@@ -8,8 +8,8 @@ are fixed random r x r matrices, different for every module. v is all that is tr
 each `tie`, the modules that share them. Qwen2.5-7B has 28 x 7 = 196 modules; tied by 16 they form
 13 ties (the last has 4), so with u = 1 the whole model trains 13 numbers. v starts at 0: step 0 is
 the base model, on a CPU bit for bit. Small steps of v are below bf16's last place, in W and in W x:
-nothing is merged into W (merging and taking out alters about 17% of the weights: TRL #6688), and
-W x is not rounded before v's part is added (docs/efficiency.md).
+nothing is merged into W (merging and taking out alters about 17% of W: TRL #6688), and W x is not
+rounded before v's part is added (b + v's part is: docs/efficiency.md).
 
 SCALE. The paper gives neither P's distribution, v's start, a scale nor the modules' order. A new P
 for every module and v = 0 are ours; in the authors' fork modules with equal min(in, out) have one
@@ -30,8 +30,8 @@ THE FILE. An adapter is a safetensors file of one tensor, v tie by tie, and a he
 settings of model.adapter. The rest is rebuilt: P from numpy's RandomState, which never changes,
 seeded by [1, seed, module number, 0]; U S V^T from the base model's weights as loaded, with a rule
 for the signs; a fingerprint, the same in fp32 and bf16, tells whether it is that model.
-With another processor, engine or dtype the model is the same up to rounding, unless singular values
-nearly agree.
+On another processor, engine or dtype it is the same up to rounding, unless singular values nearly
+agree or a column of U sums to about 0.
 """
 import math
 
@@ -136,7 +136,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
     wanted number of ties. If there is none, ties differ in size by at most one, and the n_tie
     returned is None. With more numbers than modules, the number of ties is the largest divisor of
-    params up to that. InputError: no such plan.
+    params up to that (structured: that 7 divides). InputError: no such plan.
     """
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, len(TARGETS) * layers) if tying == "tiled" else (len(TARGETS), layers)
@@ -207,7 +207,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
         except InputError as error:
             raise InputError(f"layer {index // len(TARGETS)}, {target}: {error}") from None
         layer.set_submodule(target, module)
-    # "groups" is what the file format calls ties; n_tie 0 stands for None
+    # in the file "groups" are ties, "tie" is tying, n_tie 0 is None
     model.adapter = {"method": method, "rank": rank, "u": u, "tie": tying, "n_tie": n_tie or 0,
                      "groups": ties, "seed": seed, "targets": ",".join(TARGETS), "base": base}
     if directions != "top":

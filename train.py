@@ -31,7 +31,7 @@ from support.params import reference_logprobs
 from support.scores import averages, print_evaluation
 from support.threads import choose_threads
 
-LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # 1.6e-4: the fork's, x 16
+LR = {"tinylora": 1.6e-4, "lora-xs": 1.6e-4, "lora": 2e-5, "full": 1e-6}  # authors' fork: 1e-5 x 16
 # The recipe: name, default, kind, meaning. None: decided later, as the meaning says. A model folder
 # may bring other defaults in its tinylora.json. All other flags are in support/flags.py.
 RECIPE = [
@@ -78,8 +78,8 @@ class Run:
 
 
 def problems_of_step(step, problems, args):
-    """(positions, problems) of a step, from 0. All epochs, each shuffled anew, make one long row; a
-    position is a place in it. Of every mini-batch each rank (process) has a part."""
+    """(positions, problems) of a step, from 0. All epochs, each shuffled anew, make one long list;
+    a position is a place in it. Of every mini-batch each rank (process) has a part."""
     total = len(problems)
     size = args.prompts // args.minibatches
     positions = []
@@ -191,7 +191,7 @@ def grpo_step(run, optimizer, reference, problems, positions, rates):
     updates = []
     for rate, mini_batch in zip(rates, rollout.split(args.minibatches)):
         optimizer.param_groups[0]["lr"] = rate
-        if args.kl > 0:  # the same forward pass, see support/params.py
+        if args.kl > 0:  # cut as in update, see support/params.py
             mini_batch.ref_logp = reference_logprobs(run, mini_batch, optimizer, reference)
         updates.append(grpo.update(run.model, optimizer, mini_batch, args, run.engine))
     return rollout, scores, updates

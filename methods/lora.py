@@ -55,7 +55,9 @@ def start(model, args):
         return full(model)
     if args.adapter:
         return load(args.adapter, model)
-    return adapt(model, args.rank or 1, args.alpha or 32.0, args.seed)
+    given = {"rank": args.rank, "alpha": args.alpha}
+    given = {name: value for name, value in given.items() if value is not None}
+    return adapt(model, seed=args.seed, **given)
 
 
 def save_run(model, args, folder):

@@ -67,8 +67,8 @@ def check_settings(path, wanted, here):
     wanted = {"directions": "top"} | wanted
     if "rank" in here:  # a model with an adapter
         here = {"directions": "top"} | here
-    differs = [f"{name} is {wanted[name]} in the file and {here[name]} here"
-               for name in here if name != "base" and wanted[name] != here[name]]
+    differs = [f"{name} is {wanted.get(name)} in the file and {here[name]} here"
+               for name in here if name != "base" and wanted.get(name) != here[name]]
     if differs:
         raise InputError(f"{path}: does not fit this model: {'; '.join(differs)}")
 

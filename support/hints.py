@@ -28,5 +28,5 @@ def print_slowness(out, size, args):
     """One line if TinyLoRA's numbers have hardly moved, though there was a signal. size: of one."""
     if args.method == "tinylora" and any(logged_signals(out)) and size < SLOW:
         print(f"note: after {args.steps} steps a trained number is {size:.1e}: --lr {args.lr:g} is "
-              f"slow (the paper's 1.6e-4 is for 700 updates); try 3 times more, then again",
+              f"slow (the authors' 1.6e-4 is for 700 updates); try 3 times more, then again",
               flush=True)

@@ -75,14 +75,15 @@ def real():
         low, high = (percent(f(run[key] for run in runs)) for f in (min, max))
         return low if low == high else f"{low} to {high}"
     text = (
-        f"**A model that nobody here made**, SmolLM2-135M-Instruct (its weights unpacked from a "
-        f"4-bit file), learns arithmetic by "
+        f"**A model that nobody here made**, SmolLM2-135M-Instruct (from a 4-bit file), learns "
+        f"arithmetic by "
         f"**{s['params']} numbers, {s['adapter_bytes']:,} bytes**. Of {s['eval_count']} questions "
         f"with unseen pairs of numbers and unseen phrasings, {span('base_lenient')} get the right "
         f"last number before and {span('final_lenient')} after, greedy "
         f"({span('base_sampled_lenient')} and {span('final_sampled_lenient')} sampled at T = 1; "
-        f"{len(runs)} seeds). Two CPU cores that multiply bf16 took "
-        f"{round(RUNS['arithmetic-seed2']['seconds'] / 60)} minutes:")
+        f"{len(runs)} seeds). In bf16 two cores took "
+        f"{round(RUNS['arithmetic-seed2']['seconds'] / 60)} minutes, by code that "
+        f"still rounded W x first:")
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
