@@ -290,3 +290,14 @@ def test_adapter_travels_between_torch_versions(tmp_path):
                     bound = 1e-4 if close else (a[name] - exact[name]).abs().max().item()
                     torch.testing.assert_close(a[name], b[name], atol=bound, rtol=0)
     assert all(same_base(bases[0], base) for base in bases)
+
+
+def test_an_adapter_does_not_go_onto_a_lora(tmp_path):
+    """One line, though a LoRA has a setting, alpha, that the file lacks."""
+    path = tmp_path / "adapter.safetensors"
+    adapted = tiny()
+    tinylora.save(path, tinylora.adapt(adapted), adapted)
+    other = tiny()
+    lora.adapt(other)
+    with pytest.raises(InputError, match="does not fit this model.*alpha is None in the file"):
+        tinylora.load(path, other)

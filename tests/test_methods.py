@@ -344,14 +344,3 @@ def test_values_reach_the_engine():
 def test_lora_of_a_wrong_rank_leaves_one_line():
     with pytest.raises(InputError, match="--rank 17 does not fit"):
         lora.adapt(tiny(), rank=17)
-
-
-def test_an_adapter_does_not_go_onto_a_lora(tmp_path):
-    """One line, though a LoRA has a setting, alpha, that the file lacks."""
-    path = tmp_path / "adapter.safetensors"
-    adapted = tiny()
-    tinylora.save(path, tinylora.adapt(adapted), adapted)
-    other = tiny()
-    lora.adapt(other)
-    with pytest.raises(InputError, match="does not fit this model.*alpha is None in the file"):
-        tinylora.load(path, other)
