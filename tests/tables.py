@@ -263,7 +263,7 @@ def styles_table():
 
 GENERATED = {"toy-forgetting": toy_forgetting_table, "ability": ability, "own": own_solutions,
              "claim": claim, "real": real, "seeds": seeds_table,
-             "verdicts": verdicts.table, "lines": verdicts.lines,
+             "verdicts": verdicts.table, "lines": verdicts.lines, "redrawn": verdicts.redrawn,
              "spread": lambda: spread("HEADLINE"), "spread2": lambda: spread("RANK2"),
              "styles": styles_table, "smollm2": smollm2_table,
              "recipe": lambda: flag_table(train.RECIPE),

@@ -193,9 +193,9 @@ def tying():
     return listed(f4, [name for pair in pairs for name in pair]), where(better(f4, pairs))
 
 
-def rank_two():
+def rank_two(figure="F7"):
     """Against the best of the other ranks."""
-    f7 = document("F7")
+    f7 = document(figure)
     names = [setting["name"] for setting in f7["settings"]]
     others = [name for name in names if name != "r = 2"]
     best = {mode: max(others, key=lambda name: mean(scores(f7, name, mode))) for mode in MODES}
@@ -210,8 +210,8 @@ def u_before_ties():
     return listed(f8, [s["name"] for s in f8["settings"]]), where(better(f8, pairs))
 
 
-def off_the_top():
-    sweep = document("DIRECTIONS")
+def off_the_top(figure="DIRECTIONS"):
+    sweep = document(figure)
     pairs = [(f"middle, {n}", f"top, {n}") for n in (13, 112)]
     return listed(sweep, [s["name"] for s in sweep["settings"]]), where(better(sweep, pairs))
 
@@ -275,6 +275,20 @@ def judged():
 def table():
     """For docs/results.md."""
     return markdown_table(("claim", "the toy, means of the seeds", "verdict", "figure"), judged())
+
+
+def redrawn():
+    """The figures that were made anew with other seeds (results/figures/other-seeds), for
+    docs/results.md: which seeds, what was measured, the verdict beside the first one."""
+    rows = []
+    for (claim, figure, measure), (_, _, first, _) in zip(CLAIMS, judged()):
+        again = document(f"other-seeds/{figure}")
+        if again is not None:
+            measured, verdict = measure(f"other-seeds/{figure}")
+            seeds = ", ".join(map(str, again["seeds"]))
+            rows.append((claim, figure, seeds, measured, first, verdict))
+    return markdown_table(("claim", "figure", "seeds", "the toy, means of the seeds",
+                           "verdict with seeds 0, 1, 2", "with these"), rows)
 
 
 def lines():
