@@ -188,3 +188,27 @@ def test_a_curve_that_begins_above_may_need_less():
     assert verdicts.limits(("<", 10)) == (0, 10)
     assert verdicts.limits(("", 10)) == (10, 10)
     assert verdicts.limits((">", 10)) == (10, math.inf)
+
+
+def test_a_figure_made_again_is_judged_by_all_its_seeds(monkeypatch):
+    """The means are those of six seeds; each sweep alone stands beside them."""
+    ends = {"r = 1": (0.2, 0.2), "r = 2": (0.6, 0.4)}
+    sweeps = {".": sweep(ends), verdicts.AGAIN: sweep(ends | {"r = 2": (0.4, 0.1)})}
+    again = sweeps[verdicts.AGAIN]
+    again["seeds"] = [7, 8, 9]
+    again["runs"] = {f"{key} again": run for key, run in again["runs"].items()}
+    for setting in again["settings"]:
+        setting["runs"] = [f"{key} again" for key in setting["runs"]]
+    for made in sweeps.values():
+        for setting in made["settings"]:
+            setting["lr"] = 0.1
+    monkeypatch.setattr(verdicts, "read",
+                        lambda figure, folder=".": sweeps[folder] if figure == "F7" else None)
+    [row] = [row for row in verdicts.judged() if row[3] == "F7"]
+    assert row[1] == "r = 1: 0.20 greedy, 0.20 at T = 1; r = 2: 0.50 greedy, 0.25 at T = 1"
+    rows = [line.split(" | ")[1:] for line in verdicts.redrawn().splitlines()[2:]]
+    assert [row[1] for row in rows] == ["0, 1, 2", "7, 8, 9", "0, 1, 2, 7, 8, 9"]
+    assert [row[-1] for row in rows][:2] == ["holds |", "holds greedy, not sampled |"]
+    again["settings"][0]["lr"] = 0.3
+    with pytest.raises(AssertionError):  # at other rates they are not one figure
+        verdicts.document("F7")

@@ -18,14 +18,32 @@ HOLDS = "holds"
 NOT = "does not hold"
 UNCLEAR = "cannot be told"
 OPEN = "not measured yet"
+AGAIN = "other-seeds"  # the folder of the figures that were made again
 MOST = 0.9  # of a gain: what the paper's claims call recovering it
 
 
-def document(figure):
+def read(figure, folder="."):
     """A finished sweep's JSON, or None."""
-    path = ROOT / "results" / "figures" / f"{figure}.runs.json"
+    path = ROOT / "results" / "figures" / folder / f"{figure}.runs.json"
     found = read_json(path) if path.is_file() else {}
     return found if found.get("settings") else None
+
+
+def document(figure):
+    """A finished sweep, with all its seeds if it was made again with others; or None."""
+    first = read(figure)
+    again = read(figure, AGAIN)
+    return pooled(first, again) if first and again else first
+
+
+def pooled(first, again):
+    """Two sweeps of the same settings at the same rates, as one with the seeds of both."""
+    settings = []
+    for one, other in zip(first["settings"], again["settings"], strict=True):
+        assert [one[x] for x in ("name", "lr")] == [other[x] for x in ("name", "lr")]
+        settings.append(one | {"runs": one["runs"] + other["runs"]})
+    return first | {"settings": settings, "seeds": first["seeds"] + again["seeds"],
+                    "runs": first["runs"] | again["runs"]}
 
 
 def runs_of(document, name):
@@ -193,9 +211,9 @@ def tying():
     return listed(f4, [name for pair in pairs for name in pair]), where(better(f4, pairs))
 
 
-def rank_two(figure="F7"):
+def rank_two(f7=None):
     """Against the best of the other ranks."""
-    f7 = document(figure)
+    f7 = f7 or document("F7")
     names = [setting["name"] for setting in f7["settings"]]
     others = [name for name in names if name != "r = 2"]
     best = {mode: max(others, key=lambda name: mean(scores(f7, name, mode))) for mode in MODES}
@@ -210,8 +228,8 @@ def u_before_ties():
     return listed(f8, [s["name"] for s in f8["settings"]]), where(better(f8, pairs))
 
 
-def off_the_top(figure="DIRECTIONS"):
-    sweep = document(figure)
+def off_the_top(sweep=None):
+    sweep = sweep or document("DIRECTIONS")
     pairs = [(f"middle, {n}", f"top, {n}") for n in (13, 112)]
     return listed(sweep, [s["name"] for s in sweep["settings"]]), where(better(sweep, pairs))
 
@@ -278,17 +296,18 @@ def table():
 
 
 def redrawn():
-    """The figures that were made anew with other seeds (results/figures/other-seeds), for
-    docs/results.md: which seeds, what was measured, the verdict beside the first one."""
+    """For docs/results.md: figures that were made again, by the first seeds, by the others and by
+    all."""
     rows = []
-    for (claim, figure, measure), (_, _, first, _) in zip(CLAIMS, judged()):
-        again = document(f"other-seeds/{figure}")
-        if again is not None:
-            measured, verdict = measure(f"other-seeds/{figure}")
-            seeds = ", ".join(map(str, again["seeds"]))
-            rows.append((claim, figure, seeds, measured, first, verdict))
-    return markdown_table(("claim", "figure", "seeds", "the toy, means of the seeds",
-                           "verdict with seeds 0, 1, 2", "with these"), rows)
+    for claim, figure, measure in CLAIMS:
+        first = read(figure)
+        again = read(figure, AGAIN)
+        if first and again:
+            for sweep in (first, again, pooled(first, again)):
+                seeds = ", ".join(map(str, sweep["seeds"]))
+                rows.append((claim, figure, seeds, *measure(sweep)))
+    return markdown_table(("claim", "figure", "seeds", "the toy, means of the seeds", "verdict"),
+                          rows)
 
 
 def lines():
