@@ -342,3 +342,9 @@ def test_a_run_of_this_program(tmp_path, validation):
     assert kept["command"].startswith("python train.py --steps=1 --prompts=2 ")
     with pytest.raises(InputError, match="score 'taste': the scores are strict"):
         sweep.record(run, tmp_path / run["key"], "taste")
+
+
+def test_a_mean_is_within_its_range():
+    """0.998 three times: their sum by 3 is less, and the picture's bars would have no length."""
+    runs = [{mode: {"strict": 0.998} for mode in ("greedy", "T = 1")}] * 3
+    assert sweep_table.spreads(runs, "greedy") == {"strict": [0.998] * 3}

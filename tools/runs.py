@@ -2,6 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from support.errors import InputError
 from support.files import read_json, read_jsonl
@@ -129,7 +130,7 @@ def mean_and_band(members, title):
     points = [run.points.get(title, {}) for run in members]
     steps = sorted({step for some in points for step in some})
     values = [[some[step] for some in points if step in some] for step in steps]
-    means = [sum(x) / len(x) for x in values]
+    means = [mean(x) for x in values]  # never outside its range, as sum / len may be
     return steps, means, [min(x) for x in values], [max(x) for x in values]
 
 

@@ -1,5 +1,6 @@
 """What tools/sweep.py reports, from NAME.runs.json alone: rows, a table in markdown, a picture."""
 import textwrap
+from statistics import mean
 
 from support.errors import InputError
 from support.files import read_json
@@ -38,7 +39,8 @@ def rows(document):
 def spreads(scores, mode):
     """{score: [mean, lowest, highest]} of a mode's scores in several runs."""
     columns = {name: [each[mode][name] for each in scores] for name in scores[0][mode]}
-    return {name: [sum(x) / len(x), min(x), max(x)] for name, x in columns.items()}
+    # not sum / len: rounding may put that outside its own range, which a picture refuses
+    return {name: [mean(x), min(x), max(x)] for name, x in columns.items()}
 
 
 def p_values(before, after):
@@ -102,8 +104,8 @@ def untrained_is_better(document, setting):
 
 
 def spread_text(spread):
-    mean, low, high = spread
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    middle, low, high = spread
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def p_text(p):
@@ -144,15 +146,19 @@ def draw(document, out):
     score = runs[document["settings"][0]["runs"][0]]["score"]
     figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.2), dpi=110, sharey=True)
     untrained = bases(document)
+    colours = {}  # of several models, a series and an untrained line each
     for axis, mode in zip(axes, MODES):
         for series in dict.fromkeys(row["series"] for row in table):
             points = sorted((row["x"], *row[mode][score]) for row in table
                             if row["series"] == series)
             x, means, low, high = zip(*points)
             bars = [[m - lo for m, lo in zip(means, low)], [hi - m for m, hi in zip(means, high)]]
-            axis.errorbar(x, means, yerr=bars, marker="o", markersize=4, capsize=3, label=series)
+            line, *_ = axis.errorbar(x, means, yerr=bars, marker="o", markersize=4, capsize=3,
+                                     label=series)
+            colours[f"untrained, {series}"] = line.get_color()
         for name, scores in untrained.items():
-            axis.axhline(scores[mode][score][0], linestyle="--", color="grey", label=name)
+            axis.axhline(scores[mode][score][0], linestyle="--", label=name,
+                         color=colours.get(name, "grey"))
         axis.set(title=f"{score}, {mode}", xlabel=document["definition"]["axis"], xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.04)
