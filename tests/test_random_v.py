@@ -19,7 +19,7 @@ def test_the_best_is_kept_and_scores_are_those_of_its_v(tmp_path, monkeypatch, c
     def evaluate(run, problems, label, step, sampled=False):
         v = run.model.layers[0].self_attn.q_proj.v
         seen.append(v.detach().flatten().clone())
-        return {"strict": float(v.flatten()[0]), "lenient": 0.0}
+        return {"strict": v.flatten()[0].item(), "lenient": 0.0}
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     words = [str(tmp_path / "out"), "--count", "3", "--sd", "0.5", "--seed", "7", "--problems", "2",
