@@ -2,11 +2,13 @@
 
     python train.py --eval-only --data toy/train.jsonl --eval-count 4000 --samples 4000 --out EVAL
     python -m tools.own_solutions EVAL toy OUT
+    python -m tools.own_solutions EVAL examples/arithmetic.py OUT    a task's: EVAL by --data train
 
 EVAL holds a response to every training problem at T = 1. Those that are right become the solutions
-of OUT/train.jsonl, one to a problem; OUT/test.jsonl is the data folder's. A response is right if
-its strict score is 1, so that it ends in "#### <number>", as GSM8K's files do. SFT on OUT differs
-from SFT on the data's own solutions in style, and from RL in having no wrong answers to avoid.
+of OUT/train.jsonl, one to a problem; OUT/test.jsonl is the data folder's, and a task's is its own
+matter (examples/own_answers.py). A response is right if the task's main score is 1: by gsm8k.py,
+strict, so that it ends in "#### <number>", as GSM8K's files do. SFT on OUT differs from SFT on the
+data's own solutions in style, and from RL in having no wrong answers to avoid.
 """
 import json
 import shutil
@@ -14,6 +16,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
+from support.data import load_task
 from support.errors import InputError
 from support.files import make_folder, read_jsonl, replacing
 from support.flags import Parser
@@ -30,9 +33,9 @@ def right_answers(evaluation, questions):
             continue
         question = row.get("question")
         if question not in questions:
-            raise InputError(f"{path}, line {number}: its question is not in the training file; "
-                             f"evaluate with --data .../train.jsonl")
-        if row.get("scores", {}).get("strict") == 1:
+            raise InputError(f"{path}, line {number}: its question is not one to train on; "
+                             f"evaluate with --data .../train.jsonl, or a task's --data train")
+        if list(row.get("scores", {}).values())[:1] == [1]:  # the first is the main one
             found[question] = {"question": question, "answer": row["response"]}
     if not found:
         raise InputError(f"{path}: has no right answer at T = 1")
@@ -43,7 +46,8 @@ def parse(argv):
     cli = Parser(prog="python -m tools.own_solutions", description=__doc__, allow_abbrev=False,
                  formatter_class=RawDescriptionHelpFormatter)
     cli.add_argument("evaluation", metavar="EVAL")
-    cli.add_argument("data", metavar="DATA", help="the folder of train.jsonl and test.jsonl")
+    cli.add_argument("data", metavar="DATA", help="the folder of train.jsonl and test.jsonl, or "
+                                                  "a task's Python file")
     cli.add_argument("out", metavar="OUT", help="a new folder")
     return cli.parse_args(argv)
 
@@ -53,10 +57,16 @@ def work(args):
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder")
     data = Path(args.data)
-    questions = {row.get("question") for _, row in read_jsonl(data / "train.jsonl")}
+    is_task = data.suffix == ".py"
+    if is_task:
+        problems, _ = load_task(data).load("gsm8k", eval_only=False)  # gsm8k: the flag's default
+    else:
+        problems = [row for _, row in read_jsonl(data / "train.jsonl")]
+    questions = {problem.get("question") for problem in problems}
     rows = right_answers(args.evaluation, questions)
     make_folder(out)
-    shutil.copyfile(data / "test.jsonl", out / "test.jsonl")
+    if not is_task:
+        shutil.copyfile(data / "test.jsonl", out / "test.jsonl")
     with replacing(out / "train.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(printable(f"{out}: {len(rows):,} of {len(questions):,} problems, with right answers of "
