@@ -1,5 +1,6 @@
 """tools/factor.py: how many times more numbers SFT needs than RL."""
 import json
+import math
 
 import pytest
 
@@ -18,6 +19,13 @@ def test_numbers_needed(score, sign, numbers):
     """A dip is no step back: with 10 numbers at least the score of 1 can be had."""
     found = factor.numbers_needed(CURVE[::-1], score)
     assert found == (sign, pytest.approx(numbers))
+
+
+@pytest.mark.parametrize("score, low, high", [
+    (0.1, 0, 1), (0.2, 0, 1), (0.4, 10, 100), (0.6, 10, 100), (0.75, 100, 1000),
+    (0.95, 1000, math.inf)])
+def test_limits_are_measured_numbers(score, low, high):
+    assert factor.limits(CURVE[::-1], score) == (low, high)
 
 
 def sweep(path, settings, seeds=(0, 1, 2)):

@@ -58,16 +58,20 @@ def test_rules(rule, changed, verdict, monkeypatch):
     assert getattr(verdicts, rule)()[1] == verdict
 
 
-@pytest.mark.parametrize("ends, verdict", [
-    ([(0.1, 0.3), (0.6, 0.5)], "holds"),  # SFT gets there with 10,000 numbers, RL with 13
-    ([(0.6, 0.3), (0.7, 0.5)], "holds sampled, not greedy"),  # with 100 numbers, greedy
-    ([(0.6, 0.5), (0.7, 0.6)], "does not hold"),
-    ([(0.1, 0.3), (0.2, 0.4)], "holds")])  # never
+@pytest.mark.parametrize("ends, verdict", [  # of SFT with 100, 2,000 and 10,000 numbers
+    ([(0.1, 0.3), (0.2, 0.3), (0.6, 0.5)], "holds"),  # RL's 13 numbers have 0.6, 0.5
+    ([(0.6, 0.3), (0.7, 0.3), (0.7, 0.5)], "holds sampled, not greedy"),  # with 100, greedy
+    ([(0.6, 0.5), (0.7, 0.6), (0.7, 0.6)], "does not hold"),
+    ([(0.1, 0.3), (0.2, 0.4), (0.2, 0.4)], "holds"),  # never
+    ([(0.1, 0.3), (0.6, 0.5), (0.6, 0.5)], "cannot be told"),  # 1,300 lie between 100 and 2,000
+    ([(0.1, 0.3), [(0.6, 0.3), (0.5, 0.3), (0.5, 0.3)], (0.6, 0.5)],  # in one seed of three
+     "greedy: cannot be told; T = 1: holds")])
 @pytest.mark.parametrize("kind, other", [("worked", "own"), ("own", "worked")])
 def test_rule_of_sft(kind, other, ends, verdict, monkeypatch):
     rl = sweep({"TinyLoRA, 13": (0.6, 0.5)})
-    made = sweep({f"100, {kind}": ends[0], f"10000, {kind}": ends[1], f"1, {other}": (1.0, 1.0)})
-    for document, numbers in ((rl, [13]), (made, [100, 10_000, 1])):
+    sizes = [100, 2000, 10_000]
+    made = sweep(dict(zip((f"{n}, {kind}" for n in sizes), ends)) | {f"1, {other}": (1.0, 1.0)})
+    for document, numbers in ((rl, [13]), (made, [*sizes, 1])):
         for setting, n in zip(document["settings"], numbers):
             for key in setting["runs"]:
                 document["runs"][key]["params"] = n

@@ -186,14 +186,22 @@ def any_seed():
 
 
 def sft(kind):
-    """The median seed."""
+    """Every seed, by the measured numbers beside it: a line between two points decides nothing."""
     f1 = document("F1")
+    f2 = document("F2")
     [setting] = [s for s in f1["settings"] if s["name"] == "TinyLoRA, 13"]
-    found = {mode: factor.factors(setting, f1, document("F2"), kind, mode) for mode in MODES}
-    median = {mode: x[(len(x) - 1) // 2][0] for mode, x in found.items()}
-    factors = ", ".join(f"{mode} {factor.text(x)}" for mode, x in found.items())
-    return (f"for the scores of 13 numbers, more by a factor of {factors}",
-            where({mode: x >= 100 for mode, x in median.items()}))
+    said = []
+    holds = dict.fromkeys(MODES)
+    for mode in MODES:
+        seeds = factor.between(setting, f1, f2, kind, mode)
+        if all(low >= 100 for low, _ in seeds):
+            holds[mode] = True
+        elif all(high < 100 for _, high in seeds):
+            holds[mode] = False
+        low, high = min(low for low, _ in seeds), max(high for _, high in seeds)
+        said.append(f"{mode} {factor.text(factor.factors(setting, f1, f2, kind, mode))}, measured "
+                    f"between {low:.3g} and {high:.3g}")
+    return f"for the scores of 13 numbers, more by a factor of {'; '.join(said)}", where(holds)
 
 
 def bytes_alike():

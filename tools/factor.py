@@ -21,15 +21,31 @@ from tools.runs import markdown_table
 from tools.sweep_table import load
 
 
+def best_so_far(points):
+    """The curve of points [(numbers, score), ...]: [(numbers, best score with at most so many)]."""
+    best = {}
+    for n, value in sorted(points):
+        best[n] = max(value, *best.values()) if best else value
+    return list(best.items())
+
+
+def limits(points, score):
+    """Between which numbers, both measured, the curve of points reaches a score: (low, high).
+
+    low is 0 if the first point reaches it already, high infinite if none does.
+    """
+    curve = best_so_far(points)
+    below = [n for n, value in curve if value < score]
+    reached = [n for n, value in curve if value >= score]
+    return max(below, default=0), min(reached, default=math.inf)
+
+
 def numbers_needed(points, score):
     """(sign, numbers) at which the curve of points [(numbers, score), ...] reaches a score.
 
     sign: "" there, "<" at the first point already, ">" not at the last.
     """
-    best = {}
-    for n, value in sorted(points):
-        best[n] = max(value, *best.values()) if best else value
-    curve = list(best.items())
+    curve = best_so_far(points)
     if curve[0][1] >= score:
         return "<", curve[0][0]
     for (n, low), (m, high) in zip(curve, curve[1:]):
@@ -39,8 +55,8 @@ def numbers_needed(points, score):
     return ">", curve[-1][0]
 
 
-def factors(setting, rl, sft, kind, mode):
-    """[(factor, sign) of each seed], from the lowest to the highest."""
+def seeds_of(setting, rl, sft, kind, mode):
+    """What is compared: [(RL's numbers, SFT's points, RL's score) of each seed]."""
     if rl["seeds"] != sft["seeds"]:
         raise InputError(f"the sweeps have other seeds: {rl['seeds']} and {sft['seeds']}")
     settings = [s for s in sft["settings"] if s["name"].endswith(f", {kind}")]
@@ -52,9 +68,26 @@ def factors(setting, rl, sft, kind, mode):
         score = run["score"]
         others = [sft["runs"][s["runs"][i]] for s in settings]
         points = [(other["params"], other["final"][mode][score]) for other in others]
-        sign, numbers = numbers_needed(points, run["final"][mode][score])
-        found.append((numbers / run["params"], sign))
+        found.append((run["params"], points, run["final"][mode][score]))
+    return found
+
+
+def factors(setting, rl, sft, kind, mode):
+    """[(factor, sign) of each seed], from the lowest to the highest."""
+    found = []
+    for params, points, score in seeds_of(setting, rl, sft, kind, mode):
+        sign, numbers = numbers_needed(points, score)
+        found.append((numbers / params, sign))
     return sorted(found)
+
+
+def between(setting, rl, sft, kind, mode):
+    """[(low, high) of each seed]: the factor lies between these, which measured numbers give."""
+    found = []
+    for params, points, score in seeds_of(setting, rl, sft, kind, mode):
+        low, high = limits(points, score)
+        found.append((low / params, high / params))
+    return found
 
 
 def markdown(rl, sft, kinds):

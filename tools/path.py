@@ -13,8 +13,8 @@ of every run,
     extrapolation what the first 15% of the steps predict (after arXiv 2605.21468): `early`, v
                   there; `extrapolated`, v at the last step, each coordinate straight from the start
                   through what was seen, by least squares, over the sum of the learning rates so
-                  far (steps of Adam's are about so long; two points' difference would be one
-                  step's noise, enlarged)
+                  far (two points' difference would be one step's noise, enlarged). Steps of v get
+                  shorter than the rates say, so such a line goes too far
     line          s x v_T for s from 0 (untrained) to 2; and the predicted direction at the same
                   lengths, which are known only at the end: how good its best multiple is
     coordinates   each number of v_T alone, and v_T without it
