@@ -88,10 +88,11 @@ def parse_json(text):
     return value
 
 
-def read_json(path):
-    """The JSON object in a file. InputError if the file is missing or holds anything else."""
+def read_json(path, largest=LARGEST):
+    """The JSON object in a file. InputError if the file is missing, holds anything else, or has
+    more than `largest` bytes."""
     try:
-        value = parse_json(read_text(path))
+        value = parse_json(read_text(path, largest))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):

@@ -255,6 +255,9 @@ def resumed_settings(given, rows, cli):
     config = read_json(path)
     if config.get("eval_only"):
         raise InputError(f"--resume {folder}: was an evaluation; start it anew")
+    if config.get("shuffled"):
+        raise InputError(f"--resume {folder}: was a control (tools.shuffled), which would go on "
+                         f"with real rewards; start it anew")
     words = []
     for name in rows:
         words += as_words(name, config.get(name.replace("-", "_")))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ FILES = ("state-0.safetensors", "state-1.safetensors")
 LOGS = ("log.jsonl", "samples.jsonl")
 MUST_NOT_CHANGE = {  # entries of config.json, and what has changed if they differ
     "problems": "the problems in {data}{eval_data}",
+    "task_code": "the task in {task}",
     "chat_format": "the chat template or tokenizer of {model}",
     "trained": "{model}, or what --adapter brought,",
 }
@@ -80,6 +82,8 @@ def begin(args, out, problems):
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "ranks": ranks.SIZE,
                  "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest()}
+    if args.task:  # its prompts and scores; what it imports is not seen
+        settings["task_code"] = hashlib.sha256(Path(args.task).read_bytes()).hexdigest()
     return record(settings, args, out)
 
 
@@ -119,7 +123,7 @@ def compare(settings, out):
         if name in changed:
             beside = f" or {settings['eval_data']}" if settings.get("eval_data") else ""
             what = description.format(data=settings["data"], eval_data=beside,
-                                      model=settings["model"])
+                                      task=settings["task"], model=settings["model"])
             raise InputError(f"--resume {out}: {what} changed since the run began")
     differences = [f"{name} {before[name]}, now {settings[name]}"
                    for name in CHANGES_ROUNDING if name in changed]

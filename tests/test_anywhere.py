@@ -6,9 +6,10 @@ from helpers import one_error
 from tools import anywhere
 
 
-def write(folder, responses, modes=(False, True), answer="1 + 6 = 7\n#### 7"):
+def write(folder, responses, modes=(False, True), answer="1 + 6 = 7\n#### 7", prompt="1 + 6?"):
     folder.mkdir()
     rows = [{"step": step, "sampled": sampled, "answer": answer, "response": response,
+             "prompt": prompt,
              "scores": {"strict": 0.0, "lenient": float(response.endswith("7"))}}
             for step in (0, 5) for sampled in modes
             for response in (responses if step else ["no number"])]
@@ -33,9 +34,11 @@ def test_shares(tmp_path, capsys):
 def test_what_it_cannot_read_is_refused(tmp_path, capsys):
     good = write(tmp_path / "good", ["7"])
     greedy = write(tmp_path / "greedy", ["7"], modes=(False,))
+    other = write(tmp_path / "other", ["7"], prompt="2 + 5?")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "samples.jsonl").write_text("")
     for folder, message in ((greedy, "nothing T = 1"), (str(tmp_path / "none"), "no evaluation"),
-                            (str(tmp_path / "nowhere"), "no such file")):
+                            (str(tmp_path / "nowhere"), "no such file"),
+                            (other, "not of the same problems")):
         assert anywhere.main([good, folder]) == 2
         one_error(capsys, message)

@@ -45,6 +45,14 @@ def test_what_has_no_v_is_refused(tmp_path, capsys):
     one_error(capsys, "--method lora has no v")
     assert random_v.main([str(tmp_path / "x"), "--", "--parms", "13"]) == 2
     one_error(capsys, "unrecognized arguments: --parms")
+    assert random_v.main([str(tmp_path / "x"), "--", "--eval-only"]) == 2
+    one_error(capsys, "leave out --eval-only")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter.safetensors").write_text("a trained one")
+    assert random_v.main([str(run), "--", "--params", "13"]) == 2
+    one_error(capsys, "exists already")
+    assert (run / "adapter.safetensors").read_text() == "a trained one"
     (tmp_path / "file").write_text("")
     assert random_v.main([str(tmp_path / "file"), "--", "--params", "13"]) == 2
     one_error(capsys, "cannot be made a folder")

@@ -229,6 +229,19 @@ def test_a_run_under_other_settings_is_refused(name, stopped, capsys):
     assert message.startswith("error: ") and message.count("\n") == 1
 
 
+def test_a_run_of_a_task_that_was_edited_is_refused(tmp_path, capsys):
+    """Its scores before and after would be of two tasks."""
+    task = tmp_path / "task.py"
+    task.write_text((ROOT / "gsm8k.py").read_text())
+    out = tmp_path / "run"
+    words = ["--task", str(task), "--params", "4", "--steps", "0", "--eval-count", "2"]
+    assert train.main([*words, "--max-new-tokens", "4", "--out", str(out)]) == 0
+    with open(task, "a") as file:
+        file.write("# changed\n")
+    assert train.main(["--resume", str(out), "--steps", "1"]) == 2
+    one_error(capsys, f"the task in {task} changed")
+
+
 def test_resume_asked_for_wrongly(stopped, tmp_path, capsys):
     """Two processes in one folder; no run at all; other flags beside --resume."""
     with resume.alone(stopped):

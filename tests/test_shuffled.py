@@ -8,6 +8,7 @@ import torch
 from helpers import TOY, one_error
 
 import grpo
+import train
 from tools import shuffled
 
 
@@ -37,6 +38,8 @@ def test_a_run_learns_from_dealt_out_rewards(tmp_path, monkeypatch, capsys):
     assert torch.equal(seen[0].sort(1).values, own.sort(1).values)
     assert not torch.equal(seen[0], own)
     capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 2  # by real rewards
+    one_error(capsys, "was a control")
 
 
 @pytest.mark.parametrize("words, says", [

@@ -8,6 +8,8 @@ import pytest
 import verdicts
 from helpers import ROOT
 
+from support.errors import InputError
+
 BASE = {"greedy": 0.1, "T = 1": 0.3}
 SIZES = ("TinyLoRA, 1", "TinyLoRA, 4", "TinyLoRA, 13", "TinyLoRA, 28", "TinyLoRA, 112")
 RISING = {name: (0.2 + 0.1 * i, 0.3 + 0.05 * i) for i, name in enumerate(SIZES)}
@@ -213,6 +215,10 @@ def test_a_figure_made_again_is_judged_by_all_its_seeds(monkeypatch):
     rows = [line.split(" | ")[1:] for line in verdicts.redrawn().splitlines()[2:]]
     assert [row[1] for row in rows] == ["0, 1, 2", "7, 8, 9", "0, 1, 2, 7, 8, 9"]
     assert [row[-1] for row in rows][:2] == ["holds |", "holds greedy, not sampled |"]
+    again["seeds"] = [2, 8, 9]
+    with pytest.raises(InputError, match="a seed of its"):  # it would count twice
+        verdicts.document("F7")
+    again["seeds"] = [7, 8, 9]
     again["settings"][0]["lr"] = 0.3
-    with pytest.raises(AssertionError):  # at other rates they are not one figure
+    with pytest.raises(InputError, match="other settings or rates"):  # they are not one figure
         verdicts.document("F7")

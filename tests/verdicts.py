@@ -9,7 +9,8 @@ from statistics import mean, stdev, variance
 
 from helpers import ROOT
 
-from support.files import read_json
+from support.errors import InputError
+from support.files import LARGEST_DATA, read_json
 from support.scores import MODES
 from tools import factor, needed
 from tools.runs import markdown_table
@@ -25,7 +26,7 @@ MOST = 0.9  # of a gain: what the paper's claims call recovering it
 def read(figure, folder="."):
     """A finished sweep's JSON, or None."""
     path = ROOT / "results" / "figures" / folder / f"{figure}.runs.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path, LARGEST_DATA) if path.is_file() else {}
     return found if found.get("settings") else None
 
 
@@ -37,11 +38,16 @@ def document(figure):
 
 
 def pooled(first, again):
-    """Two sweeps of the same settings at the same rates, as one with the seeds of both."""
-    settings = []
-    for one, other in zip(first["settings"], again["settings"], strict=True):
-        assert [one[x] for x in ("name", "lr")] == [other[x] for x in ("name", "lr")]
-        settings.append(one | {"runs": one["runs"] + other["runs"]})
+    """Two sweeps of the same settings at the same rates, as one with the seeds of both.
+
+    InputError if settings or rates are others, or a seed would count twice.
+    """
+    names, others = ([(s["name"], s["lr"]) for s in x["settings"]] for x in (first, again))
+    if names != others or set(first["seeds"]) & set(again["seeds"]):
+        raise InputError(f"a sweep in results/figures/{AGAIN} has other settings or rates than the "
+                         f"first one, or a seed of its; make it anew")
+    settings = [one | {"runs": one["runs"] + other["runs"]}
+                for one, other in zip(first["settings"], again["settings"])]
     return first | {"settings": settings, "seeds": first["seeds"] + again["seeds"],
                     "runs": first["runs"] | again["runs"]}
 

@@ -29,7 +29,8 @@ def numbers(text):
 
 
 def shares(folder):
-    """{mode: {"n", "lenient", "anywhere", "last", "numbers"}} of a folder's last evaluation."""
+    """{mode: {"prompts", "n", "lenient", "anywhere", "last", "numbers"}} of a folder's last
+    evaluation."""
     rows = [row for _, row in read_jsonl(Path(folder) / "samples.jsonl") if not row.get("rollout")]
     if not rows or any("lenient" not in row.get("scores", {}) for row in rows):
         raise InputError(f"{folder}: its samples.jsonl holds no evaluation with a lenient score")
@@ -41,7 +42,7 @@ def shares(folder):
             raise InputError(f"{folder}: its last evaluation has nothing {mode}")
         gold = [extract_answer(row["answer"], strict=False) for row in kept]
         said = [numbers(row["response"]) for row in kept]
-        found[mode] = {"n": len(kept),
+        found[mode] = {"prompts": {row.get("prompt") for row in kept}, "n": len(kept),
                        "lenient": mean(row["scores"]["lenient"] for row in kept),
                        "anywhere": mean(right in all_of for right, all_of in zip(gold, said)),
                        "last": mean(all_of[-1:] == [right] for right, all_of in zip(gold, said)),
@@ -61,6 +62,9 @@ def work(args):
     after = shares(args.after)
     before = shares(args.before)
     for mode in MODES:
+        if before[mode].pop("prompts") != after[mode].pop("prompts"):
+            raise InputError("these evaluations are not of the same problems, or --samples kept "
+                             "some")
         print(json.dumps({"mode": mode, "before": before[mode], "after": after[mode]}))
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.errors import InputError
@@ -84,6 +85,18 @@ def start_some(missing, processes, fails, folder, at_once):
         lock = lock_file(folder / f"{run['key']}.lock")
         if lock is not None:  # else a process of an earlier or another sweep is at it
             processes[run["key"]] = start(run, folder, lock, fails.get(run["key"], 0)), lock
+
+
+@contextmanager
+def alone(path):
+    """A block in which no other sweep writes the results in `path`. InputError if one does."""
+    lock = lock_file(Path(f"{path}.lock"))
+    if lock is None:
+        raise InputError(f"{path}: another sweep is writing it; wait, or choose another --out")
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def lock_file(path):

@@ -6,9 +6,9 @@
 
 EVAL holds a response to every training problem at T = 1. Those that are right become the solutions
 of OUT/train.jsonl, one to a problem; OUT/test.jsonl is the data folder's, and a task's is its own
-matter (examples/own_answers.py). A response is right if the task's main score is 1: by gsm8k.py,
-strict, so that it ends in "#### <number>", as GSM8K's files do. SFT on OUT differs from SFT on the
-data's own solutions in style, and from RL in having no wrong answers to avoid.
+matter (examples/own_answers.py). A response is right if the task's first score, its reward, is 1:
+by gsm8k.py strict, so that it ends in "#### <number>", as GSM8K's files do. SFT on OUT differs from
+SFT on the data's own solutions in style, and from RL in having no wrong answers to avoid.
 """
 import json
 import shutil
@@ -35,7 +35,7 @@ def right_answers(evaluation, questions):
         if question not in questions:
             raise InputError(f"{path}, line {number}: its question is not one to train on; "
                              f"evaluate with --data .../train.jsonl, or a task's --data train")
-        if list(row.get("scores", {}).values())[:1] == [1]:  # the first is the main one
+        if list(row.get("scores", {}).values())[:1] == [1]:  # the first is the reward's
             found[question] = {"question": question, "answer": row["response"]}
     if not found:
         raise InputError(f"{path}: has no right answer at T = 1")
@@ -59,14 +59,17 @@ def work(args):
     data = Path(args.data)
     is_task = data.suffix == ".py"
     if is_task:
-        problems, _ = load_task(data).load("gsm8k", eval_only=False)  # gsm8k: the flag's default
+        problems, _ = load_task(data).load("gsm8k", False)  # gsm8k: the flag's default
     else:
         problems = [row for _, row in read_jsonl(data / "train.jsonl")]
     questions = {problem.get("question") for problem in problems}
     rows = right_answers(args.evaluation, questions)
+    test = data / "test.jsonl"
+    if not is_task and not test.is_file():
+        raise InputError(f"{test}: no such file")
     make_folder(out)
     if not is_task:
-        shutil.copyfile(data / "test.jsonl", out / "test.jsonl")
+        shutil.copyfile(test, out / "test.jsonl")
     with replacing(out / "train.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(printable(f"{out}: {len(rows):,} of {len(questions):,} problems, with right answers of "

@@ -20,7 +20,8 @@ of every run,
     coordinates   each number of v_T alone, and v_T without it
 
 and each of these is evaluated on the run's test problems, greedy and at T = 1, by train.py's own
-evaluation. FILE.json is written after every evaluation. What it has already is not made again.
+evaluation. FILE.json is written after every evaluation. What it has already is not made again, but
+with another --count, all of it.
 """
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -32,7 +33,7 @@ import torch
 import train
 from support import adapter_file
 from support.errors import InputError
-from support.files import read_json, read_jsonl, write_json
+from support.files import LARGEST_DATA, read_json, read_jsonl, write_json
 from support.flags import Parser, count
 from support.params import with_values
 from support.program import run_main
@@ -189,12 +190,13 @@ def work(args):
     out = Path(args.out)
     if out.suffix != ".json":
         raise InputError(f"--out {out}: its name must end in .json")
-    document = read_json(out) if out.exists() else {"runs": {}}
+    document = read_json(out, LARGEST_DATA) if out.exists() else {"runs": {}}
     if not isinstance(document.get("runs"), dict) or "settings" in document:
         raise InputError(f"{out}: was not written by tools.path")
-    for folder in args.runs:
+    runs = dict.fromkeys(str(Path(folder)) for folder in args.runs)  # RUN/ is RUN
+    for folder in runs:
         read_path(folder)  # complain before anything is measured
-    for folder in args.runs:
+    for folder in runs:
         measure(folder, args, document)
     path_picture.report(out)
 

@@ -12,7 +12,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import read_json
+from support.files import LARGEST_DATA, read_json
 from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES, main_score
@@ -27,7 +27,7 @@ COLUMNS = 3  # panels side by side
 
 def load(path):
     """{run: its entry} of a JSON, those with evaluations. InputError if there is none."""
-    runs = read_json(path).get("runs")
+    runs = read_json(path, LARGEST_DATA).get("runs")
     if not isinstance(runs, dict):
         raise InputError(f"{path}: was not written by tools.path")
     runs = {folder: run for folder, run in runs.items() if {"0 x", "1 x"} <= run["points"].keys()}

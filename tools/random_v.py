@@ -53,11 +53,15 @@ def parse(argv):
     args.flags = train.flags(flags)
     if args.flags.method not in ("tinylora", "lora-xs"):
         raise InputError(f"--method {args.flags.method} has no v")
+    if args.flags.eval_only or args.flags.chat:
+        raise InputError("tools.random_v evaluates by itself; leave out --eval-only and --chat")
     return args
 
 
 def work(args):
     out = Path(args.out)
+    if out.is_dir():  # it may be that of a trained run, whose adapter has the same name
+        raise InputError(f"{out}: exists already; choose another folder")
     make_folder(out)
     flags = args.flags
     found = {"sd": args.sd, "seed": args.seed, "flags": args.words, "v": []}

@@ -4,8 +4,8 @@
 
 Groups keep their rewards, so at first advantages, step sizes and the number of groups with a signal
 are as large as without this; but they say nothing of the responses. What such a run gains, a run
-gains without learning from its rewards. Nothing in the run's folder tells that it was one of these:
-name it so.
+gains without learning from its rewards. Of the run's folder only config.json tells that it was one
+of these ("shuffled"): name it so.
 """
 import sys
 
@@ -31,6 +31,7 @@ def flags(argv):
                          "start it anew")
     if args.algo != "grpo" or args.eval_only or args.chat:
         raise InputError("tools.shuffled: deals out the rewards of a training run by GRPO")
+    args.shuffled = True  # for config.json: train.py --resume would go on with real rewards
     return args
 
 

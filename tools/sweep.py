@@ -29,7 +29,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import make_folder, read_json, read_jsonl, replacing
+from support.files import LARGEST_DATA, make_folder, read_json, read_jsonl, replacing
 from support.flags import TOY, Parser, count, natural
 from support.program import run_main
 from support.scores import MODES, key, main_score
@@ -164,8 +164,27 @@ def sweep(path, args):
     check_budgets(path, prepared)
     results = results_file(path, args)
     make_folder(results.parent)
-    runs = read_json(results)["runs"] if results.is_file() else {}
+    with jobs.alone(results):
+        make(spec, prepared, seeds, results, folder, args.jobs)
+
+
+def earlier(path, spec):
+    """What NAME.runs.json has already. InputError if its runs cannot be gone on with."""
+    found = read_json(path, LARGEST_DATA) if path.is_file() else {"definition": spec, "runs": {}}
+    if not (isinstance(found.get("runs"), dict) and isinstance(found.get("definition"), dict)):
+        raise InputError(f"{path}: was not written by a sweep; delete it")
+    if found["runs"] and found["definition"].get("score") != spec.get("score"):
+        raise InputError(f"{path}: keeps another score than {spec.get('score') or 'the main one'}; "
+                         f"delete it (the runs' folders stay, so they are not made again)")
+    return found
+
+
+def make(spec, prepared, seeds, results, folder, at_once):
+    """The missing runs, then the table. Until that is complete the file keeps the one it had."""
+    before = earlier(results, spec)
+    runs = before["runs"]
     document = {"definition": spec, "seeds": seeds, "settings": [], "table": [], "runs": runs}
+    meanwhile = before if before.get("settings") else document
 
     def states():
         return [progress(setting, splits, runs, spec, seeds)
@@ -177,12 +196,12 @@ def sweep(path, args):
 
     def collect(run, out):
         runs[run["key"]] = kept = record(run, out, spec.get("score"))
-        write(results, document)
+        write(results, meanwhile)
         values = ", ".join(f"{kept['final'][mode][kept['score']]:.3f} {mode}" for mode in MODES)
         print(printable(f"done: {run['split']} {kept['score']} {values}; {kept['command']}"),
               flush=True)
 
-    jobs.work_off(needed, collect, folder, args.jobs)
+    jobs.work_off(needed, collect, folder, at_once)
     document["settings"] = [setting | known for setting, (_, known)
                             in zip(spec["settings"], states())]
     document["table"] = sweep_table.rows(document)

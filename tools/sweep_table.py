@@ -3,7 +3,7 @@ import textwrap
 from statistics import mean
 
 from support.errors import InputError
-from support.files import read_json
+from support.files import LARGEST_DATA, read_json
 from support.scores import MODES
 from support.terminal import printable
 from tools.compare import p_value
@@ -176,7 +176,7 @@ def block(path):
 
 def load(path):
     """A finished NAME.runs.json. InputError if it is none."""
-    document = read_json(path)
+    document = read_json(path, LARGEST_DATA)
     if not document.get("settings"):
         raise InputError(f"{path}: its sweep is not finished; run it again without --report")
     return document

@@ -1,0 +1,73 @@
+"""tools/sweep.py's NAME.runs.json: what is in it stays, and is not mixed with what does not fit."""
+import json
+
+import pytest
+
+from helpers import one_error
+from test_sweep import document, folder, validation, words, write  # noqa: F401: two are fixtures
+
+from support import files
+from tools import jobs, sweep
+
+
+@pytest.fixture
+def finished(folder, validation):  # noqa: F811
+    write(folder, validation, settings=[
+        {"name": "4", "series": "a", "lr": 0.05, "flags": {"params": 4}}])
+    assert sweep.main(words(folder, "--seeds", "2")) == 0
+    return folder
+
+
+def test_a_finished_table_stays_until_the_next_is_complete(finished, monkeypatch, capsys):
+    """Ctrl-C after the first of three new runs: the run is kept, and so is the table."""
+    before = document(finished)
+    real = sweep.write
+
+    def stops(path, what):
+        real(path, what)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as changed:
+        changed.setattr(sweep, "write", stops)
+        assert sweep.main(words(finished, "--first-seed", "30")) == 130
+    between = document(finished)
+    assert between["runs"].keys() > before["runs"].keys()
+    assert between | {"runs": before["runs"]} == before
+    assert sweep.main(words(finished, "--report")) == 0
+    assert sweep.main(words(finished, "--first-seed", "30")) == 0
+    assert document(finished)["seeds"] == [30, 31, 32]
+    capsys.readouterr()
+
+
+def test_a_second_sweep_of_the_same_results_is_refused(finished, capsys):
+    """It would write over what the first one adds."""
+    capsys.readouterr()
+    with jobs.alone(finished / "s.runs.json"):
+        assert sweep.main(words(finished, "--seeds", "3")) == 2
+    one_error(capsys, "another sweep is writing it")
+    assert sweep.main(words(finished, "--seeds", "3")) == 0
+
+
+def test_runs_of_another_score_are_refused(finished, validation, capsys):  # noqa: F811
+    settings = document(finished)["definition"]["settings"]
+    write(finished, validation, settings=settings, score="format")
+    capsys.readouterr()
+    assert sweep.main(words(finished, "--seeds", "3")) == 2
+    one_error(capsys, "keeps another score than format")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"runs": 5}', '{"runs": {}}'])
+def test_what_is_no_sweeps_file_is_told_in_one_line(finished, text, capsys):
+    (finished / "s.runs.json").write_text(text)
+    capsys.readouterr()
+    assert sweep.main(words(finished)) == 2
+    one_error(capsys, "was not written by a sweep")
+
+
+def test_a_large_file_is_read_again(finished, capsys):
+    """Paths of v in 85 runs of 350 steps take more than other JSON files may have."""
+    found = document(finished)
+    next(iter(found["runs"].values()))["steps"] = {"v": "x" * files.LARGEST}
+    (finished / "s.runs.json").write_text(json.dumps(found))
+    assert sweep.main(words(finished, "--seeds", "3")) == 0
+    assert sweep.main(words(finished, "--report")) == 0
+    capsys.readouterr()
