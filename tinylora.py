@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from support.adapter_file import DTYPES, VERSION, check_rank, check_settings, check_size, read
+from support.adapter_file import DTYPES, VERSION, check_settings, check_size, check_words, read
 from support.checkpoint import fingerprint
 from support.directions import ALL, pick
 from support.errors import InputError
@@ -128,7 +128,7 @@ def random_P(u, rank, seed, index):
 
 
 def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
-    """Which tie each of the 7 * layers modules belongs to: (tie of each module, ties, u, n_tie).
+    """(tie of each module, ties, u, n_tie) of the 7 * layers modules.
 
     Trained numbers = ties x u; params: how many are wanted (None: 13, or what n_tie and u make).
     n_tie (the paper's name) is a tie's size, not their number. tying is the flag --tie.
@@ -180,7 +180,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     """
     if hasattr(model, "adapter"):
         raise ValueError("this model carries an adapter already")
-    check_rank(model.config, rank)
+    check_words(model.config, rank, tying, method)
     if method == "lora-xs":
         u = rank * rank
         n_tie = 1

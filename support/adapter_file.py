@@ -10,6 +10,7 @@ from support.errors import InputError
 from support.files import open_tensors
 
 METHODS = ("tinylora", "lora-xs")
+TYINGS = ("tiled", "structured")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERSION = "1"
 MOST_TRAINED = 2**24  # numbers in a file; LoRA-XS of rank 256 on a 7B model has 13 million
@@ -48,7 +49,7 @@ def read(path):
     limits = {"rank": 1, "u": 1, "groups": 1, "n_tie": 0, "seed": 0}
     if any(not low <= settings[name] < 2**32 for name, low in limits.items()):
         raise InputError(f"{path}: its metadata is damaged (a number is out of range)")
-    known = (settings["tie"] in ("tiled", "structured") and settings["method"] in METHODS
+    known = (settings["tie"] in TYINGS and settings["method"] in METHODS
              and directions in KINDS)
     if v.numel() > MOST_TRAINED:
         raise InputError(f"{path}: holds {v.numel():,} numbers; the limit is {MOST_TRAINED:,}")
@@ -80,8 +81,11 @@ def check_base(path, wanted, name, here):
                          f"({name or 'one its file does not name'}), or for other weights of it")
 
 
-def check_rank(config, rank):
-    """InputError if a weight of the model has fewer singular directions."""
+def check_words(config, rank, tying, method):
+    """InputError for words that no file may have, or if a weight has fewer singular directions."""
+    if tying not in TYINGS or method not in METHODS:
+        raise InputError(f"tying {tying!r}, method {method!r}: they are {', '.join(TYINGS)}, and "
+                         f"{', '.join(METHODS)}")
     c = config
     fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
     if not 1 <= rank <= fits:

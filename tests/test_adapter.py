@@ -162,6 +162,15 @@ def test_a_lora_knows_its_base_too(tmp_path):
     lora.load(tmp_path / "lora", tiny(seed=1))
 
 
+@pytest.mark.parametrize("words", [
+    {"tying": "tile"}, {"method": "lora_xs"}, {"directions": "sideways"}])
+def test_words_that_no_file_may_have(words):
+    """Else they were trained and saved, and could not be loaded."""
+    [said] = words.values()
+    with pytest.raises(InputError, match=said):
+        tinylora.adapt(tiny(), 14, **words)
+
+
 @pytest.mark.parametrize("rank,u", [(16, 200_000), (2, 2**24)])
 def test_a_file_that_asks_for_gigabytes(rank, u, tmp_path):
     """P has u x rank x rank numbers a module: 800 kB of zeros asked for 6.5 GB."""

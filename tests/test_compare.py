@@ -1,13 +1,15 @@
 """tools/compare.py: paired evaluations; examples/arithmetic.py: the task it was made for."""
+import argparse
 import itertools
 import json
 import re
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, one_error
 
 from support.data import module_at
 from support.errors import InputError
+from support.program import run_main
 from tools import compare
 
 
@@ -35,7 +37,7 @@ def test_a_run_is_compared_with_its_own_beginning(tmp_path, capsys):
     run = write(tmp_path / "run", {(0, False): [0, 0, 1, 1], (0, True): [0, 0, 0, 0],
                                    (10, False): [1, 0, 0, 0],
                                    (20, False): [1, 1, 1, 0], (20, True): [1, 1, 1, 1]})
-    args = compare.argparse.Namespace(after=run, before=None, score=None)
+    args = argparse.Namespace(after=run, before=None, score=None)
     compare.work(args)
     greedy, sampled = map(json.loads, capsys.readouterr().out.splitlines())
     assert greedy == {"mode": "greedy", "score": "strict", "n": 4, "before": 0.5, "after": 0.75,
@@ -47,7 +49,7 @@ def test_a_run_is_compared_with_its_own_beginning(tmp_path, capsys):
 def test_two_folders_are_compared_at_their_ends(tmp_path, capsys):
     first = write(tmp_path / "a", {(0, False): [1, 1], (5, False): [0, 1], (5, True): [0, 0]})
     second = write(tmp_path / "b", {(0, False): [1, 1], (0, True): [1, 0]})
-    compare.work(compare.argparse.Namespace(after=second, before=first, score="strict"))
+    compare.work(argparse.Namespace(after=second, before=first, score="strict"))
     greedy, sampled = map(json.loads, capsys.readouterr().out.splitlines())
     assert (greedy["before"], greedy["after"]) == (0.5, 1.0)
     assert (sampled["before"], sampled["after"]) == (0.0, 0.5)
@@ -65,7 +67,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, case, message):
     if case == "no scores":
         path = tmp_path / "after" / "samples.jsonl"
         path.write_text(json.dumps({"step": 0, "sampled": False, "prompt": "p0"}) + "\n")
-    args = compare.argparse.Namespace(after=after, before=before, score=None)
+    args = argparse.Namespace(after=after, before=before, score=None)
     if case == "one evaluation":
         args.before = None
     if case == "other score":
@@ -106,6 +108,12 @@ def test_arithmetic_refuses_a_split_it_does_not_have(arithmetic):
     assert arithmetic.load("validation", True)[1] == arithmetic.questions("validation")
     with pytest.raises(InputError, match="--data somewhere: this task has train, validation"):
         arithmetic.load("somewhere", False)
+
+
+def test_misuse_ends_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["compare", "--foo", "x"])
+    assert run_main(compare.parse, compare.work) == 2
+    one_error(capsys, "unrecognized arguments: --foo")
 
 
 def test_two_digit_sums_are_another_task(arithmetic):

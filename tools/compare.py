@@ -6,14 +6,15 @@ BEFORE, the first one of AFTER is what it began with. The same problems are pair
 how often a coin would part those that changed so unevenly (the sign test; McNemar's exact test
 where a score is 0 or 1). With --eval-data every set has a line, then all problems together.
 """
-import argparse
 import json
 import math
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from support.errors import InputError
 from support.files import read_jsonl
+from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES, main_score
 
@@ -60,8 +61,8 @@ def compare(before, after, score=None):
 
 
 def parse():
-    cli = argparse.ArgumentParser(description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = Parser(prog="python -m tools.compare", description=__doc__, allow_abbrev=False,
+                 formatter_class=RawDescriptionHelpFormatter)
     cli.add_argument("after", metavar="AFTER")
     cli.add_argument("before", metavar="BEFORE", nargs="?")
     cli.add_argument("--score", help="the task's main score, if not given")

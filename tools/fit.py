@@ -9,14 +9,15 @@ groups and one a prompt (as evaluations sample), and an update whose micro-batch
 rows. Assumed, not measured: CUDA and its libraries take 1 GiB, and 8% of the rest is lost to the
 allocator's fragments and to what operations need inside. bf16, 13 numbers.
 """
-import argparse
 import functools
 import sys
+from argparse import RawDescriptionHelpFormatter
 
 import fast
 import grpo
 from support.checkpoint import Config, read_config
 from support.errors import InputError
+from support.flags import Parser
 from support.hub import find_model
 from support.program import run_main
 from tools import dry
@@ -144,8 +145,8 @@ def report(args):
 
 
 def flags(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, prog="python -m tools.fit",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = Parser(prog="python -m tools.fit", description=__doc__, allow_abbrev=False,
+                 formatter_class=RawDescriptionHelpFormatter)
     cli.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="folder or hub name")
     cli.add_argument("--gpu", type=float, help="memory in GiB")
     cli.add_argument("--engine", default="fast", choices=["fast", "plain"])
