@@ -12,7 +12,7 @@ from tools import jobs, sweep
 
 @pytest.fixture
 def finished(folder, validation):  # noqa: F811
-    write(folder, validation, settings=[
+    write(folder, validation, title="$x", axis=r"$\bad$", settings=[
         {"name": "4", "series": "a", "lr": 0.05, "flags": {"params": 4}}])
     assert sweep.main(words(folder, "--seeds", "2")) == 0
     return folder
@@ -61,6 +61,14 @@ def test_what_is_no_sweeps_file_is_told_in_one_line(finished, text, capsys):
     capsys.readouterr()
     assert sweep.main(words(finished)) == 2
     one_error(capsys, "was not written by a sweep")
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_rates_are_chosen_on_some_problems(folder, number, capsys):  # noqa: F811
+    spec = json.loads((folder / "s.json").read_text())
+    (folder / "s.json").write_text(json.dumps(spec | {"validation": number}))
+    assert sweep.main(words(folder)) == 2
+    one_error(capsys, "at least 1 problem")
 
 
 def test_a_large_file_is_read_again(finished, capsys):

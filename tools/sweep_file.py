@@ -69,6 +69,8 @@ def read_definition(path):
     unknown = {s["against"] for s in spec["settings"] if "against" in s} - set(names)
     if unknown:
         raise InputError(f"{path}: no setting has the name {unknown.pop()!r}")
+    if isinstance(spec["validation"], int) and spec["validation"] < 1:
+        raise InputError(f"{path}: validation must be at least 1 problem")
     if not 1 <= spec.get("tuning_seeds", 1) <= 100:
         raise InputError(f"{path}: tuning_seeds must be from 1 to 100")
     return spec

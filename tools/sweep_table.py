@@ -159,11 +159,13 @@ def draw(document, out):
         for name, scores in untrained.items():
             axis.axhline(scores[mode][score][0], linestyle="--", label=name,
                          color=colours.get(name, "grey"))
-        axis.set(title=f"{score}, {mode}", xlabel=document["definition"]["axis"], xscale="log")
+        axis.set(title=f"{score}, {mode}", xscale="log")
+        axis.set_xlabel(document["definition"]["axis"], parse_math=False)
         axis.grid(alpha=0.3)
+    # a dollar sign is one: matplotlib would read mathematics
+    figure.suptitle(document["definition"]["title"], parse_math=False)
     axes[0].set_ylim(-0.02, 1.04)
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside, over nothing
-    figure.suptitle(document["definition"]["title"])
     figure.tight_layout()
     save(figure, out)
     print(printable(f"{out}: {len(table)} settings, seeds {listed(document['seeds'])}"))
