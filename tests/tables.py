@@ -19,7 +19,9 @@ FIGURES = ROOT / "results" / "figures"
 PATH = ROOT / "results" / "path" / "path.json"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
 CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
-            "arithmetic-format": "for the answer format only"}
+            "arithmetic-format": "for the answer format only",
+            "gentle-seed0": "its own, gentler recipe",
+            "gentle-shuffled": "dealt out anew, gentler recipe"}
 FORGOTTEN = ("careful", "hasty", "guess")  # the styles that a system message can ask for
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
 
