@@ -82,7 +82,7 @@ def begin(args, out, problems):
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     settings |= {"torch": torch.__version__, "numpy": np.__version__, "ranks": ranks.SIZE,
                  "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest()}
-    if args.task:  # its prompts and scores; what it imports is not seen
+    if settings.get("task"):  # its prompts and scores; what it imports is not seen
         settings["task_code"] = hashlib.sha256(Path(args.task).read_bytes()).hexdigest()
     return record(settings, args, out)
 
@@ -123,7 +123,7 @@ def compare(settings, out):
         if name in changed:
             beside = f" or {settings['eval_data']}" if settings.get("eval_data") else ""
             what = description.format(data=settings["data"], eval_data=beside,
-                                      task=settings["task"], model=settings["model"])
+                                      task=settings.get("task"), model=settings["model"])
             raise InputError(f"--resume {out}: {what} changed since the run began")
     differences = [f"{name} {before[name]}, now {settings[name]}"
                    for name in CHANGES_ROUNDING if name in changed]

@@ -155,3 +155,5 @@ def save(figure, out):
         figure.savefig(out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        pyplot().close(figure)
