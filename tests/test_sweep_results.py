@@ -44,6 +44,11 @@ def test_a_second_sweep_of_the_same_results_is_refused(finished, capsys):
     with jobs.alone(finished / "s.runs.json"):
         assert sweep.main(words(finished, "--seeds", "3")) == 2
     one_error(capsys, "another sweep is writing it")
+    (finished / "s.runs.json.lock").unlink()
+    (finished / "s.runs.json.lock").mkdir()  # cannot be opened, as in a folder without rights
+    assert sweep.main(words(finished, "--seeds", "3")) == 2
+    one_error(capsys, "cannot be written")
+    (finished / "s.runs.json.lock").rmdir()
     assert sweep.main(words(finished, "--seeds", "3")) == 0
 
 

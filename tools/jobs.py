@@ -90,7 +90,10 @@ def start_some(missing, processes, fails, folder, at_once):
 @contextmanager
 def alone(path):
     """A block in which no other sweep writes the results in `path`. InputError if one does."""
-    lock = lock_file(Path(f"{path}.lock"))
+    try:
+        lock = lock_file(Path(f"{path}.lock"))
+    except OSError as error:  # a read-only folder
+        raise InputError(f"{path}: cannot be written ({error.strerror}); use --out") from None
     if lock is None:
         raise InputError(f"{path}: another sweep is writing it; wait, or choose another --out")
     try:
