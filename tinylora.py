@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from support.adapter_file import DTYPES, VERSION, check_settings, check_size, check_words, read
+from support.adapter_file import DTYPES, VERSION, check_args, check_settings, check_size, read
 from support.checkpoint import fingerprint
 from support.directions import ALL, pick
 from support.errors import InputError
@@ -180,7 +180,7 @@ def adapt(model, params=None, u=None, n_tie=None, tying="tiled", rank=2, seed=0,
     """
     if hasattr(model, "adapter"):
         raise ValueError("this model carries an adapter already")
-    check_words(model.config, rank, tying, method)
+    check_args(model.config, rank, tying, method, directions)
     if method == "lora-xs":
         u = rank * rank
         n_tie = 1

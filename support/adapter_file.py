@@ -81,11 +81,11 @@ def check_base(path, wanted, name, here):
                          f"({name or 'one its file does not name'}), or for other weights of it")
 
 
-def check_words(config, rank, tying, method):
+def check_args(config, rank, tying, method, directions):
     """InputError for words that no file may have, or if a weight has fewer singular directions."""
-    if tying not in TYINGS or method not in METHODS:
-        raise InputError(f"tying {tying!r}, method {method!r}: they are {', '.join(TYINGS)}, and "
-                         f"{', '.join(METHODS)}")
+    for word, known in ((tying, TYINGS), (method, METHODS), (directions, KINDS)):
+        if word not in known:
+            raise InputError(f"{word!r} is none of {', '.join(known)}")
     c = config
     fits = min(c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim)
     if not 1 <= rank <= fits:

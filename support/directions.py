@@ -13,8 +13,6 @@ processor or dtype may turn them into each other more than it does the top ones.
 """
 import numpy as np
 
-from support.errors import InputError
-
 KINDS = ("top", "middle", "bottom", "random")
 ALL = 2**20  # triplets, more than any weight has: as a rank, it asks a solver for all of them
 
@@ -23,10 +21,8 @@ def pick(factors, kind, rank, seed, index):
     """Of factors U (m, k), S (k,), V (n, k), residual: the `rank` triplets of module `index`.
 
     k is rank for top, else the number of all triplets. S descends. A random choice has a stream of
-    its own, see tinylora.random_P. InputError: another kind.
+    its own, see tinylora.random_P.
     """
-    if kind not in KINDS:
-        raise InputError(f"directions {kind!r}: they are {', '.join(KINDS)}")
     if kind == "top":
         return factors
     U, S, V, residual = factors

@@ -24,8 +24,8 @@ def test_numbers_needed(score, sign, numbers):
 @pytest.mark.parametrize("score, low, high", [
     (0.1, 0, 1), (0.2, 0, 1), (0.4, 10, 100), (0.6, 10, 100), (0.75, 100, 1000),
     (0.95, 1000, math.inf)])
-def test_limits_are_measured_numbers(score, low, high):
-    assert factor.limits(CURVE[::-1], score) == (low, high)
+def test_neighbours_are_measured_numbers(score, low, high):
+    assert factor.neighbours(CURVE[::-1], score) == (low, high)
 
 
 def sweep(path, settings, seeds=(0, 1, 2)):

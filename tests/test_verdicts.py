@@ -67,6 +67,8 @@ def test_rules(rule, changed, verdict, monkeypatch):
     ([(0.1, 0.3), (0.2, 0.4), (0.2, 0.4)], "holds"),  # never
     ([(0.1, 0.3), (0.6, 0.5), (0.6, 0.5)], "cannot be told"),  # 1,300 lie between 100 and 2,000
     ([(0.1, 0.3), [(0.6, 0.3), (0.5, 0.3), (0.5, 0.3)], (0.6, 0.5)],  # in one seed of three
+     "greedy: cannot be told; T = 1: holds"),
+    ([[(0.6, 0.3), (0.1, 0.3), (0.1, 0.3)], (0.6, 0.3), (0.6, 0.5)],  # one seed with 100
      "greedy: cannot be told; T = 1: holds")])
 @pytest.mark.parametrize("kind, other", [("worked", "own"), ("own", "worked")])
 def test_rule_of_sft(kind, other, ends, verdict, monkeypatch):

@@ -29,7 +29,7 @@ def best_so_far(points):
     return list(best.items())
 
 
-def limits(points, score):
+def neighbours(points, score):
     """Between which numbers, both measured, the curve of points reaches a score: (low, high).
 
     low is 0 if the first point reaches it already, high infinite if none does.
@@ -85,7 +85,7 @@ def between(setting, rl, sft, kind, mode):
     """[(low, high) of each seed]: the factor lies between these, which measured numbers give."""
     found = []
     for params, points, score in seeds_of(setting, rl, sft, kind, mode):
-        low, high = limits(points, score)
+        low, high = neighbours(points, score)
         found.append((low / params, high / params))
     return found
 

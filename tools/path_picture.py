@@ -206,7 +206,6 @@ def report(path):
         drawings.append((draw_coordinates, measured, f"{stem}.coordinates.png"))
     for draw, some, out in drawings:
         draw(plt, some, out)
-    plt.close("all")
     print()
     for _, _, out in drawings:
         print(printable(out))
