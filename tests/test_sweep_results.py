@@ -7,7 +7,7 @@ from helpers import one_error
 from test_sweep import document, folder, validation, words, write  # noqa: F401: two are fixtures
 
 from support import files
-from tools import jobs, sweep
+from tools import jobs, needed, sweep
 
 
 @pytest.fixture
@@ -84,3 +84,27 @@ def test_a_large_file_is_read_again(finished, capsys):
     assert sweep.main(words(finished, "--seeds", "3")) == 0
     assert sweep.main(words(finished, "--report")) == 0
     capsys.readouterr()
+
+
+def test_a_damaged_file_is_told_in_one_line(finished, capsys):
+    """Every field of a setting and of one of its runs, gone or of another type."""
+    whole = json.dumps(document(finished))
+    setting = document(finished)["settings"][0]
+    run = setting["runs"][0]
+    places = [("settings", 0, name) for name in setting]
+    places += [("runs", run, name) for name in document(finished)["runs"][run]]
+    told = 0
+    for kind, which, name in places:
+        for value in (None, 5, "x", {}):
+            damaged = json.loads(whole)
+            damaged[kind][which][name] = value
+            (finished / "s.runs.json").write_text(json.dumps(damaged))
+            capsys.readouterr()
+            for read in (needed.main, sweep.main):
+                words = [str(finished / "s.runs.json")]
+                code = read(words if read is needed.main else [str(finished / "s.json"), "--report"])
+                assert code in (0, 2), (name, value)
+                if code == 2:
+                    one_error(capsys, "s.runs.json: damaged")
+                    told += 1
+    assert told > 20

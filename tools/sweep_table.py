@@ -9,6 +9,8 @@ from support.terminal import printable
 from tools.compare import p_value
 from tools.runs import markdown_table, pyplot, save
 
+FIELDS = {"name": str, "series": str, "lr": (int, float), "flags": dict}  # of a setting
+
 
 def rows(document):
     """One for each setting: its rate, its runs' scores as [mean, lowest, highest], p-values."""
@@ -181,6 +183,17 @@ def load(path):
     document = read_json(path, LARGEST_DATA)
     if not document.get("settings"):
         raise InputError(f"{path}: its sweep is not finished; run it again without --report")
+    try:
+        for setting in document["settings"]:
+            for field, kind in FIELDS.items():
+                if not isinstance(setting[field], kind):
+                    raise TypeError(f"{setting[field]!r} as {field!r}")
+            for key in setting["runs"]:
+                accuracy(document["runs"][key])
+        markdown(document)  # reads what is left of what the tools read
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: damaged, or not a sweep's: {type(e).__name__} {e}; take a copy "
+                         f"of it, or delete it and run the sweep again") from None
     return document
 
 
