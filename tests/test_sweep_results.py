@@ -100,9 +100,9 @@ def test_a_damaged_file_is_told_in_one_line(finished, capsys):
             damaged[kind][which][name] = value
             (finished / "s.runs.json").write_text(json.dumps(damaged))
             capsys.readouterr()
-            for read in (needed.main, sweep.main):
-                words = [str(finished / "s.runs.json")]
-                code = read(words if read is needed.main else [str(finished / "s.json"), "--report"])
+            for read, file, *flag in ((needed.main, "s.runs.json"),
+                                      (sweep.main, "s.json", "--report")):
+                code = read([str(finished / file), *flag])
                 assert code in (0, 2), (name, value)
                 if code == 2:
                     one_error(capsys, "s.runs.json: damaged")
