@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from statistics import median
 
 import pytest
 
@@ -177,6 +178,18 @@ def test_a_readme_command_is_the_one_of_the_committed_runs(flag, pattern, tmp_pa
         ran = json.loads(path.read_text())
         for name in ran.keys() & said.keys() - IGNORED - {"model", "dtype"}:
             assert said[name] in (None, ran[name]), f"{path}: {name}"  # None: decided later
+
+
+def test_the_gap_in_the_readme_is_that_of_the_logs():
+    """`gap` is how far the sampler's log-probs are from the trainer's: the median of the steps."""
+    gaps = []
+    for pattern in ("toy-seed*", "arithmetic-seed*"):
+        rows = [json.loads(line) for path in ROOT.glob(f"results/{pattern}/log.jsonl")
+                for line in path.read_text().splitlines()]
+        gaps.append(median(row["gap"] for row in rows if row["gap"] is not None))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    said = re.search(r"`gap` .*?: (\S+) on the toy, (\S+) on SmolLM2", text)
+    assert [float(f"{gap:.0e}") for gap in gaps] == [float(word) for word in said.groups()]
 
 
 def test_a_wrong_command_is_noticed():
