@@ -131,7 +131,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """(tie of each module, ties, u, n_tie) of the 7 * layers modules.
 
     Trained numbers = ties x u; params: how many are wanted (None: 13, or what n_tie and u make).
-    n_tie (the paper's name) is a tie's size, not their number. tying is the flag --tie.
+    n_tie (the paper's name) is a tie's size, not their number; 0: None. tying is the flag --tie.
     tiled: n_tie consecutive modules share; structured: n_tie consecutive layers, per module type.
     As the paper, item i of a sequence has tie i // n_tie, for the smallest n_tie that makes the
     wanted number of ties. If there is none, ties differ in size by at most one, and the n_tie
@@ -140,7 +140,7 @@ def plan(layers, params=None, u=None, n_tie=None, tying="tiled"):
     """
     # `kinds` sequences of `length` modules each are cut into ties
     kinds, length = (1, len(TARGETS) * layers) if tying == "tiled" else (len(TARGETS), layers)
-    if n_tie is not None:
+    if n_tie:
         ties = kinds * math.ceil(length / n_tie)
         u = u or max(1, (params or ties) // ties)
     else:
@@ -236,7 +236,7 @@ def load(path, model, svd=svd):
         here = {"base": fingerprint(model), "targets": ",".join(TARGETS)}
     check_settings(path, wanted, here)
     if not hasattr(model, "adapter"):
-        adapt(model, stored.numel(), wanted["u"], wanted["n_tie"] or None, wanted["tie"],
+        adapt(model, stored.numel(), wanted["u"], wanted["n_tie"], wanted["tie"],
               wanted["rank"], wanted["seed"], wanted["method"], svd,
               wanted.get("directions", "top"))
     v = model.layers[0].get_submodule(TARGETS[0]).v
