@@ -140,9 +140,8 @@ def test_tying_by_hand():
     tie_of, ties, u, n_tie = tinylora.plan(28, n_tie=16, tying="structured")
     assert (ties, u, n_tie) == (14, 1, 16)
     assert tie_of[:7] == [0, 2, 4, 6, 8, 10, 12] and tie_of[-7:] == [1, 3, 5, 7, 9, 11, 13]
-    assert tinylora.plan(4, params=26, u=2)[1:3] == (13, 2)
+    assert tinylora.plan(4, 26, 2)[1:3] == tinylora.plan(4, 26, 2, 0)[1:3] == (13, 2)  # 0: None
     assert tinylora.plan(4, n_tie=7, u=3)[1:3] == (4, 3)
-    assert tinylora.plan(4, n_tie=0) == tinylora.plan(4)  # as an adapter's file says it
     for wrong in ({"tying": "structured"}, {"params": 13, "n_tie": 7}, {"u": 2}):
         with pytest.raises(InputError):
             tinylora.plan(4, **wrong)
