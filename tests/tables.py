@@ -2,7 +2,7 @@
 import json
 import re
 import textwrap
-from statistics import median
+from statistics import mean, median
 
 import verdicts
 from helpers import ROOT
@@ -20,8 +20,9 @@ PATH = ROOT / "results" / "path" / "path.json"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
 CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
             "arithmetic-format": "for the answer format only",
-            "gentle-seed0": "its own, gentler recipe",
-            "gentle-shuffled": "dealt out anew, gentler recipe"}
+            "gentle-seed": "its own, gentler recipe",
+            "gentle-shuffled": "dealt out anew, gentler recipe",
+            "gentle-format": "for the format only, gentler recipe"}  # and the seed, one digit
 FORGOTTEN = ("careful", "hasty", "guess")  # the styles that a system message can ask for
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
 
@@ -150,17 +151,26 @@ def arithmetic_table():
 def controls_table():
     """Runs like the arithmetic ones whose rewards said nothing, or paid for format only."""
     rows = []
-    for name in sorted(CONTROLS.keys() & RUNS.keys()):
-        s = RUNS[name]
-        cells = []
-        for kind in ("lenient", "sampled_lenient"):
-            before, after = s[f"base_{kind}"], s[f"final_{kind}"]
-            error = standard_error(before, s["eval_count"])
-            cells.append(f"{before:.3f}, {after:.3f} ({(after - before) / error:+.1f})")
-        rows.append((CONTROLS[name], s["seed"], *cells, *pairs(s, ("format", "sampled_format"))))
+    for kind, rewards in CONTROLS.items():
+        runs = [RUNS[name] for name in RUNS if name[:-1] == kind]
+        rows += [(rewards, run["seed"], *control_cells([run])) for run in runs]
+        if len(runs) > 1:
+            rows.append((rewards, "mean", *control_cells(runs)))
     return table(("rewards", "seed", "greedy: from, to (standard errors)",
                   "T = 1: from, to (standard errors)", "format, greedy: from, to",
                   "format, T = 1: from, to"), rows)
+
+
+def control_cells(runs):
+    """The mean of some summaries; changes in standard errors of the untrained model's score."""
+    scores = [key for key in runs[0] if key.startswith(("base", "final"))]
+    s = {key: mean(run[key] for run in runs) for key in scores}
+    cells = []
+    for kind in ("lenient", "sampled_lenient"):
+        before, after = s[f"base_{kind}"], s[f"final_{kind}"]
+        error = standard_error(before, runs[0]["eval_count"])
+        cells.append(f"{before:.3f}, {after:.3f} ({(after - before) / error:+.1f})")
+    return [*cells, *pairs(s, ("format", "sampled_format"))]
 
 
 def thirteen_table():

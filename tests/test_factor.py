@@ -50,7 +50,8 @@ def test_factors_are_taken_seed_by_seed(tmp_path, capsys):
     assert factor.main([rl, sft, "own", "worked"]) == 0
     *_, row = capsys.readouterr().out.splitlines()
     own = "10 (3.2 to > 100)"
-    assert row == f"| 10 | {own} | {own} | < 0.1 (< 0.1 to < 0.1) | < 0.1 (< 0.1 to < 0.1) |"
+    rest = f"{own} | {own} | < 0.1 (< 0.1 to < 0.1) | < 0.1 (< 0.1 to < 0.1) |"
+    assert row == f"| TinyLoRA, 10 | 10 | {rest}"
 
 
 def test_sweeps_that_do_not_fit_are_refused(tmp_path, capsys):

@@ -3,11 +3,11 @@
     python -m tools.factor results/figures/F1.runs.json results/figures/F2.runs.json worked own
 
 The last words are kinds of SFT: the settings of the second sweep whose names end so, after a comma.
-For each setting of the first sweep's TinyLoRA, and seed by seed: SFT's curve is the best score with
-at most so many numbers, straight between neighbours over the logarithm of the numbers; where it
-reaches the RL run's score, the factor is its numbers by RL's. Reported: the median seed, lowest and
-highest. "> 100" means that even the most numbers of SFT's, 100 times as many, do not reach the
-score; "< 0.1" that its fewest, a tenth, reach it already.
+For each setting of the first sweep's TinyLoRA and LoRA-XS, and seed by seed: SFT's curve is the
+best score with at most so many numbers, straight between neighbours over the logarithm of the
+numbers; where it reaches the RL run's score, the factor is its numbers by RL's. Reported: the
+median seed, lowest and highest. "> 100" means that even the most numbers of SFT's, 100 times as
+many, do not reach the score; "< 0.1" that its fewest, a tenth, reach it already.
 """
 import math
 import sys
@@ -18,7 +18,7 @@ from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES
 from tools.runs import markdown_table
-from tools.sweep_table import load
+from tools.sweep_table import load, reading
 
 
 def best_so_far(points):
@@ -91,14 +91,15 @@ def between(setting, rl, sft, kind, mode):
 
 
 def markdown(rl, sft, kinds):
-    """A row for each setting of RL's TinyLoRA, a column for each kind and mode."""
+    """A row for each setting of RL's TinyLoRA and LoRA-XS, a column for each kind and mode."""
     columns = [(kind, mode) for kind in kinds for mode in MODES]
-    header = ["numbers by RL", *(f"SFT, {kind}: {mode}" for kind, mode in columns)]
+    header = ["by RL", "numbers", *(f"SFT, {kind}: {mode}" for kind, mode in columns)]
     lines = []
     for setting in rl["settings"]:
-        if setting["series"].startswith("TinyLoRA"):
+        if setting["series"].startswith(("TinyLoRA", "LoRA-XS")):
             cells = [text(factors(setting, rl, sft, kind, mode)) for kind, mode in columns]
-            lines.append([str(rl["runs"][setting["runs"][0]]["params"]), *cells])
+            numbers = rl["runs"][setting["runs"][0]]["params"]
+            lines.append([setting["name"], f"{numbers:,}", *cells])
     return markdown_table(header, lines)
 
 
@@ -119,7 +120,8 @@ def parse(argv):
 
 
 def work(args):
-    print(markdown(load(args.rl), load(args.sft), args.kinds))
+    with reading(args.rl, args.sft):
+        print(markdown(load(args.rl), load(args.sft), args.kinds))
 
 
 def main(argv=None):

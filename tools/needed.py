@@ -25,7 +25,7 @@ from support.program import run_main
 from support.scores import MODES
 from tools.factor import numbers_needed
 from tools.runs import markdown_table
-from tools.sweep_table import load
+from tools.sweep_table import load, reading
 
 SHARES = (0.9, 0.95, 0.975)  # of the peak gain
 LEAST = 0.1  # a peak gain of which shares can be asked
@@ -97,7 +97,8 @@ def parse(argv):
 
 
 def work(args):
-    print(markdown(load(args.sweep), args.share, args.of))
+    with reading(args.sweep):
+        print(markdown(load(args.sweep), args.share, args.of))
 
 
 def main(argv=None):

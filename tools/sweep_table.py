@@ -1,5 +1,6 @@
 """What tools/sweep.py reports, from NAME.runs.json alone: rows, a table in markdown, a picture."""
 import textwrap
+from contextlib import contextmanager
 from statistics import mean
 
 from support.errors import InputError
@@ -8,8 +9,6 @@ from support.scores import MODES
 from support.terminal import printable
 from tools.compare import p_value
 from tools.runs import markdown_table, pyplot, save
-
-FIELDS = {"name": str, "series": str, "lr": (int, float), "flags": dict}  # of a setting
 
 
 def rows(document):
@@ -183,22 +182,23 @@ def load(path):
     document = read_json(path, LARGEST_DATA)
     if not document.get("settings"):
         raise InputError(f"{path}: its sweep is not finished; run it again without --report")
-    try:
-        for setting in document["settings"]:
-            for field, kind in FIELDS.items():
-                if not isinstance(setting[field], kind):
-                    raise TypeError(f"{setting[field]!r} as {field!r}")
-            for key in setting["runs"]:
-                accuracy(document["runs"][key])
-        markdown(document)  # reads what is left of what the tools read
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path}: damaged, or not a sweep's: {type(e).__name__} {e}; take a copy "
-                         f"of it, or delete it and run the sweep again") from None
     return document
+
+
+@contextmanager
+def reading(*paths):
+    """InputError instead of what a damaged NAME.runs.json raises where its fields are read."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{' or '.join(map(str, paths))}: damaged, or not a sweep's: "
+                         f"{type(e).__name__} {e}; take a copy of it, or delete it and run the "
+                         f"sweep again") from None
 
 
 def report(path):
     """Print the table of a NAME.runs.json and draw NAME.png beside it."""
-    document = load(path)
-    print(markdown(document))
-    draw(document, str(path).removesuffix(".runs.json") + ".png")
+    with reading(path):
+        document = load(path)
+        print(markdown(document))
+        draw(document, str(path).removesuffix(".runs.json") + ".png")
