@@ -26,7 +26,8 @@ local = threading.local()  # .over: the Event of the pool that this thread belon
 
 
 def choose_threads(model, device):
-    """Decide once, at the start of a run. The user's (or torchrun's) OMP_NUM_THREADS stays."""
+    """Decide once, at the start of a run. The user's (or torchrun's) OMP_NUM_THREADS counts for
+    the number of cores: so many threads in all."""
     global parts, workers
     parts = 1
     workers = 1
@@ -35,9 +36,10 @@ def choose_threads(model, device):
         return
     small = numbers < SMALL
     parts = 1 if small else PARTS
-    if "OMP_NUM_THREADS" in os.environ or ranks.sharded:  # two threads' sums might cross
+    if ranks.sharded:  # two threads' sums might cross
         return
-    workers = usable_cores() if small else min(usable_cores(), PARTS)
+    cores = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else usable_cores()
+    workers = cores if small else min(cores, PARTS)
     if small:
         torch.set_num_threads(1)
 

@@ -49,7 +49,8 @@ def test_an_error_ends_the_map():
 
 def test_the_rule_for_threads(monkeypatch):
     """Small models on a CPU: one thread inside torch, a worker a core; larger ones in two parts,
-    on whatever machine; the largest whole. OMP_NUM_THREADS is obeyed."""
+    on whatever machine; the largest whole. OMP_NUM_THREADS, which torch has read, counts for the
+    cores: when it only set torch's threads, 2 of them were slower than none said."""
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     model = tiny()
     small, middle, large = ((10**9, 10**9), (10, 10**9), (10, 10))
@@ -57,13 +58,14 @@ def test_the_rule_for_threads(monkeypatch):
             (None, "cpu", small, 3, (1, 1, 3)), (None, "cpu", middle, 3, (4, 2, 2)),
             (None, "cpu", middle, 1, (4, 2, 1)), (None, "cpu", large, 3, (4, 1, 1)),
             (None, "cuda:0", small, 3, (4, 1, 1)), (None, "cuda:0", middle, 3, (4, 1, 1)),
-            ("2", "cpu", small, 3, (4, 1, 1)), ("2", "cpu", middle, 3, (4, 2, 1))):
+            ("4", "cpu", small, 3, (1, 1, 4)), ("4", "cpu", middle, 1, (4, 2, 2)),
+            ("1", "cpu", small, 3, (1, 1, 1)), ("1", "cpu", middle, 3, (1, 2, 1))):
         monkeypatch.setattr(threads, "SMALL", size[0])
         monkeypatch.setattr(threads, "LARGE", size[1])
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if given:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
-        torch.set_num_threads(4)
+        torch.set_num_threads(int(given or 4))
         threads.choose_threads(model, device)
         assert (torch.get_num_threads(), threads.parts, threads.workers) == want
     monkeypatch.setattr(ranks, "sharded", True)  # their sums must come in one order
