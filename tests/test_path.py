@@ -254,6 +254,33 @@ def test_pictures_and_tables_from_the_json_alone(run, calls, tmp_path, capsys):
     assert set(path_picture.titles(document["runs"]).values()) == {"a", "b"}
 
 
+def test_a_damaged_file_is_told_in_one_line(run, calls, capsys):
+    """Every field of an entry and of one of its points, gone or of another type; another type where
+    nobody reads it may pass."""
+    pytest.importorskip("matplotlib")
+    out, file = run
+    measured(out, file)
+    whole = file.read_text()
+    entry = json.loads(whole)["runs"][str(out)]
+    told = []
+    for name in (*entry, *entry["points"]["1 x"]):
+        for value in (None, "x"):
+            damaged = json.loads(whole)
+            place = damaged["runs"][str(out)]
+            (place if name in entry else place["points"]["1 x"])[name] = value
+            file.write_text(json.dumps(damaged))
+            capsys.readouterr()
+            code = path_picture.main([str(file)])
+            assert code in (0, 2), (name, value)
+            if code == 2:
+                one_error(capsys, "p.json: ")
+                told.append(name)
+            if name == "points":
+                assert path.main([str(out), "--out", str(file), "--count", COUNT]) == 2
+                one_error(capsys, "p.json: damaged")
+    assert {"path", "points", "straightness", "greedy"} <= set(told)  # nobody reads this v
+
+
 def test_mistakes_are_told_in_one_line(run, calls, tmp_path, capsys):
     out, file = run
 

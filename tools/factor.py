@@ -17,8 +17,8 @@ from support.errors import InputError
 from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES
-from tools.runs import markdown_table
-from tools.sweep_table import load, reading
+from tools.runs import markdown_table, reading
+from tools.sweep_table import load
 
 
 def best_so_far(points):
@@ -120,7 +120,7 @@ def parse(argv):
 
 
 def work(args):
-    with reading(args.rl, args.sft):
+    with reading("a sweep's", args.rl, args.sft):
         print(markdown(load(args.rl), load(args.sft), args.kinds))
 
 

@@ -24,8 +24,8 @@ from support.flags import Parser, fraction
 from support.program import run_main
 from support.scores import MODES
 from tools.factor import numbers_needed
-from tools.runs import markdown_table
-from tools.sweep_table import load, reading
+from tools.runs import markdown_table, reading
+from tools.sweep_table import load
 
 SHARES = (0.9, 0.95, 0.975)  # of the peak gain
 LEAST = 0.1  # a peak gain of which shares can be asked
@@ -97,7 +97,7 @@ def parse(argv):
 
 
 def work(args):
-    with reading(args.sweep):
+    with reading("a sweep's", args.sweep):
         print(markdown(load(args.sweep), args.share, args.of))
 
 

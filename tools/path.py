@@ -40,7 +40,7 @@ from support.program import run_main
 from support.report import FEW
 from support.terminal import printable
 from tools import opened, path_picture
-from tools.runs import IGNORED, read_run
+from tools.runs import IGNORED, read_run, reading
 
 EARLY = 0.15  # share of the steps that are seen before the rest is predicted
 MULTIPLES = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)
@@ -148,7 +148,8 @@ def measure(folder, args, document):
     if before.get("settings") != settings:
         before = {}
     # by v, not by name: if the run was made anew, all v are others
-    done = {tuple(point["v"]): point for point in before.get("points", {}).values()}
+    with reading("tools.path's", args.out):
+        done = {tuple(point["v"]): point for point in before.get("points", {}).values()}
     entry = {"settings": settings, "seed": flags.seed, "count": before.get("count"),
              **numbers(path, rates), "path": path.round(DIGITS).tolist(), "points": {}}
     wanted = points(path, rates)

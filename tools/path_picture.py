@@ -17,7 +17,7 @@ from support.flags import Parser
 from support.program import run_main
 from support.scores import MODES, main_score
 from support.terminal import printable
-from tools.runs import markdown_table, pyplot, save
+from tools.runs import markdown_table, pyplot, reading, save
 
 LINES = {" x": "trained", " x predicted": "predicted"}  # the points' names after the multiple
 ENDS = {"0 x": "untrained", "early": "early", "extrapolated": "extrapolated", "1 x": "trained"}
@@ -196,19 +196,25 @@ def draw_coordinates(plt, runs, out):
 
 def report(path):
     """Print the tables of a JSON, then draw its pictures beside it."""
-    runs = load(path)
-    print(markdown(runs))
+    with reading("tools.path's", path):
+        runs = load(path)
+        print(markdown(runs))
+        pictures = draw(runs, str(path).removesuffix(".json"))
+    print()
+    for picture in pictures:
+        print(printable(picture))
+
+
+def draw(runs, stem):
+    """The pictures of some entries; returns their paths."""
     plt = pyplot()
-    stem = str(path).removesuffix(".json")
     drawings = [(draw_curves, runs, f"{stem}.png"), (draw_line, runs, f"{stem}.line.png")]
     measured = {folder: run for folder, run in runs.items() if "only 1" in run["points"]}
     if measured:
         drawings.append((draw_coordinates, measured, f"{stem}.coordinates.png"))
-    for draw, some, out in drawings:
-        draw(plt, some, out)
-    print()
-    for _, _, out in drawings:
-        print(printable(out))
+    for picture, some, out in drawings:
+        picture(plt, some, out)
+    return [out for _, _, out in drawings]
 
 
 def parse(argv):

@@ -1,5 +1,6 @@
 """Runs as tools/plot.py and tools/claim.py draw them: read from their folders, put together."""
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -132,6 +133,20 @@ def mean_and_band(members, title):
     values = [[some[step] for some in points if step in some] for step in steps]
     means = [mean(x) for x in values]  # never outside its range, as sum / len may be
     return steps, means, [min(x) for x in values], [max(x) for x in values]
+
+
+@contextmanager
+def reading(whose, *paths):
+    """InputError instead of what a damaged JSON raises where its fields are read.
+
+    whose: which tool writes such files, for the message.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{' or '.join(map(str, paths))}: damaged, or not {whose}: "
+                         f"{type(e).__name__} {e}; take a copy of it, or delete it and make it "
+                         f"again") from None
 
 
 def markdown_table(header, rows):

@@ -1,6 +1,5 @@
 """What tools/sweep.py reports, from NAME.runs.json alone: rows, a table in markdown, a picture."""
 import textwrap
-from contextlib import contextmanager
 from statistics import mean
 
 from support.errors import InputError
@@ -8,7 +7,7 @@ from support.files import LARGEST_DATA, read_json
 from support.scores import MODES
 from support.terminal import printable
 from tools.compare import p_value
-from tools.runs import markdown_table, pyplot, save
+from tools.runs import markdown_table, pyplot, reading, save
 
 
 def rows(document):
@@ -185,20 +184,9 @@ def load(path):
     return document
 
 
-@contextmanager
-def reading(*paths):
-    """InputError instead of what a damaged NAME.runs.json raises where its fields are read."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{' or '.join(map(str, paths))}: damaged, or not a sweep's: "
-                         f"{type(e).__name__} {e}; take a copy of it, or delete it and run the "
-                         f"sweep again") from None
-
-
 def report(path):
     """Print the table of a NAME.runs.json and draw NAME.png beside it."""
-    with reading(path):
+    with reading("a sweep's", path):
         document = load(path)
         print(markdown(document))
         draw(document, str(path).removesuffix(".runs.json") + ".png")
