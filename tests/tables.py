@@ -18,11 +18,9 @@ RUNS = {path.parent.name: json.loads(path.read_text())
 FIGURES = ROOT / "results" / "figures"
 PATH = ROOT / "results" / "path" / "path.json"
 ARITHMETIC = [name for name in RUNS if name.startswith("arithmetic-seed")]
-CONTROLS = {"arithmetic-shuffled": "dealt out anew among a group's responses",
-            "arithmetic-format": "for the answer format only",
-            "gentle-seed": "its own, gentler recipe",
-            "gentle-shuffled": "dealt out anew, gentler recipe",
-            "gentle-format": "for the format only, gentler recipe"}  # and the seed, one digit
+# names of runs in results/: RECIPE-KIND and the seed, one digit
+RECIPES = {"arithmetic": "the README's", "groups16": "16 x 16", "hot": "hot"}
+REWARDS = {"seed": "its own", "shuffled": "dealt out anew", "format": "for the format only"}
 FORGOTTEN = ("careful", "hasty", "guess")  # the styles that a system message can ask for
 SEEDS = [f"toy-seed{seed}" for seed in range(5)]
 
@@ -85,8 +83,7 @@ def real():
         f"last number before and {span('final_lenient')} after, greedy "
         f"({span('base_sampled_lenient')} and {span('final_sampled_lenient')} sampled at T = 1; "
         f"{len(runs)} seeds). In bf16 two cores took "
-        f"{round(RUNS['arithmetic-seed2']['seconds'] / 60)} minutes, by code that "
-        f"still rounded W x first:")
+        f"{RUNS['arithmetic-seed2']['seconds'] / 60:.1f} minutes:")
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
@@ -149,14 +146,16 @@ def arithmetic_table():
 
 
 def controls_table():
-    """Runs like the arithmetic ones whose rewards said nothing, or paid for format only."""
+    """The arithmetic runs, and those whose rewards said nothing or paid for format only, of the
+    README's recipe and of others."""
     rows = []
-    for kind, rewards in CONTROLS.items():
-        runs = [RUNS[name] for name in RUNS if name[:-1] == kind]
-        rows += [(rewards, run["seed"], *control_cells([run])) for run in runs]
-        if len(runs) > 1:
-            rows.append((rewards, "mean", *control_cells(runs)))
-    return table(("rewards", "seed", "greedy: from, to (standard errors)",
+    for recipe, said in RECIPES.items():
+        for kind, rewards in REWARDS.items():
+            runs = [RUNS[name] for name in RUNS if name[:-1] == f"{recipe}-{kind}"]
+            rows += [(said, rewards, run["seed"], *control_cells([run])) for run in runs]
+            if len(runs) > 1:
+                rows.append((said, rewards, "mean", *control_cells(runs)))
+    return table(("recipe", "rewards", "seed", "greedy: from, to (standard errors)",
                   "T = 1: from, to (standard errors)", "format, greedy: from, to",
                   "format, T = 1: from, to"), rows)
 

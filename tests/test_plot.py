@@ -47,6 +47,17 @@ def test_seeds_are_one_setting(names, words, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(words) and out.read_bytes().startswith(PNG)
 
 
+def test_what_is_rewarded_has_its_panel_at_t_1(tmp_path):
+    """The arithmetic runs are paid for the lenient score: strict, at T = 1, stays at 0."""
+    runs = [read_run(path) for path in sorted(RESULTS.glob("arithmetic-seed*"))]
+    assert len(by_setting(runs)) == 1 and len(runs) == 3
+    for run in runs:
+        ends = run.points["held-out lenient, T = 1"]
+        assert list(ends) == [34, 0] or list(ends) == [0, 34]
+        assert ends[34] == run.summary["final_sampled_lenient"]
+        assert "held-out format, T = 1" not in run.points
+
+
 def test_a_run_of_this_program(tmp_path, capsys):
     """What train.py writes now beside what it wrote before: --params 13 and its default are one
     setting, and so are runs on either engine; any names of scores have their panels."""

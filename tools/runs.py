@@ -13,8 +13,8 @@ from support.scores import key as summary_key, main_score
 # written down; and sums over texts, which nobody could read in a legend.
 IGNORED = {"seed", "out", "trained", "torch", "numpy", "device", "resume", "save_every", "wandb",
            "tensorboard", "threads", "ranks", "chat", "chat_format", "problems", "samples",
-           "engine", "eval_only", "tokens_per_micro_batch", "rollout_rows", "recompute",
-           "cuda_graph", "sample_every"}
+           "task_code", "engine", "eval_only", "tokens_per_micro_batch", "rollout_rows",
+           "recompute", "cuda_graph", "sample_every"}
 # A row's rollouts come from the policy before its update: step - 1. Its v_norm from after it.
 BEFORE = {"length": "length (tokens)", "entropy": "entropy (nats per token)",
           "loss": "loss (--algo sft)"}
@@ -87,19 +87,20 @@ def settings_of(config):
 def points_of(config, rows, summary, scores):
     """{title of a panel: {step: value}}; panels without a point are left out."""
     main = main_score(scores) if scores else None
+    reward = config.get("reward") or main
     panels = {}
     for sampled, words in ((False, "greedy"), (True, "T = 1")):
         for name in scores:
             key = f"eval_sampled_{name}" if sampled else f"eval_{name}"
             points = {row["step"]: row.get(key) for row in rows}
-            if sampled and all(x is None for x in points.values()) and name != main:
+            measured = any(x is not None for x in points.values())
+            if sampled and not measured and name not in (main, reward):
                 continue
             if summary:
                 ends = summary_key(name, sampled, main)
                 points[0] = summary.get(f"base_{ends}")
                 points[summary.get("steps", len(rows))] = summary.get(f"final_{ends}")
             panels[panel(name, words)] = points
-    reward = config.get("reward") or main
     before = {reward: REWARD} | BEFORE
     for key, title in before.items():
         panels[title] = {row["step"] - 1: row.get(key) for row in rows}
