@@ -23,11 +23,10 @@ import tinylora
 from support import program, ranks, report, resume
 from support.chat_format import Chat
 from support.data import load_problems, load_task
-from support.files import make_folder
 from support.flags import count, fraction, natural, nonnegative, parse, positive, seed, settle
 from support.hub import find_model
 from support.live import LiveBar
-from support.params import reference_logprobs
+from support.params import not_none, reference_logprobs
 from support.scores import averages, print_evaluation
 from support.threads import choose_threads
 
@@ -156,10 +155,9 @@ def adapt(model, args, engine):
     elif args.adapter:
         params = [tinylora.load(args.adapter, model, engine.svd)]
     else:
-        given = {"rank": args.rank, "tying": args.tie, "directions": args.directions}
-        given = {name: value for name, value in given.items() if value is not None}
+        settings = not_none(rank=args.rank, tying=args.tie, directions=args.directions)
         params = [tinylora.adapt(model, args.params, args.u, args.n_tie, seed=args.seed,
-                                 method=args.method, svd=engine.svd, **given)]
+                                 method=args.method, svd=engine.svd, **settings)]
     report.check_adapted(model, params, args)
     return params
 
@@ -215,7 +213,7 @@ def train(run, params, optimizer, reference, state, train_problems, test_problem
             from methods import es
             outcome = es.step(run, optimizer, problems, positions, rates, roll_out, score)
         rollout, scores, updates = outcome
-        row = report.step_row(step + 1, rollout, scores, updates, params, args, rates[-1], start)
+        row = report.step_row(step + 1, rollout, scores, updates, optimizer, args, start)
         ranks.agree(row["v_norm"], f"what they have learned after step {step + 1}")
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             result = evaluate(run, test_problems, f"evaluation after step {step + 1}", step + 1)
@@ -246,7 +244,6 @@ def work(args):
     report.print_settings(vars(args))
     log_elsewhere = report.wandb_logger(args)
 
-    make_folder(out)
     with resume.alone(out):
         settings = resume.begin(args, out, [train_problems, test_problems])
         folder = find_model(args.model)
@@ -273,6 +270,9 @@ def work(args):
             return report.write_evaluation(run, results, len(test_problems), began)
 
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        if args.agreement:
+            from methods import agreement
+            agreement.start(optimizer)
         reference = [p.detach().clone() for p in params] if args.kl > 0 else None
         state = resume.load(out, params, optimizer, reference) if args.resume else None
         if state is None:  # new, or stopped before it had any

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from support.adapter_file import check_base
 from support.errors import InputError
 from support.files import make_folder, open_tensors, read_json, replacing, write_json
+from support.params import not_none
 from tinylora import DTYPES, TARGETS, added, fingerprint
 
 PREFIX = "base_model.model.model."  # PEFT's, before the names of this project's modules
@@ -55,9 +56,7 @@ def start(model, args):
         return full(model)
     if args.adapter:
         return load(args.adapter, model)
-    given = {"rank": args.rank, "alpha": args.alpha}
-    given = {name: value for name, value in given.items() if value is not None}
-    return adapt(model, seed=args.seed, **given)
+    return adapt(model, seed=args.seed, **not_none(rank=args.rank, alpha=args.alpha))
 
 
 def save_run(model, args, folder):

@@ -71,6 +71,7 @@ PROGRAM = [
     ("eval-every", 0, natural, "also evaluate greedily every N steps, 0: never"),
     ("chat", False, bool, "answer questions typed in, base and --adapter side by side"),
     ("alpha", None, positive, "LoRA's scale is alpha / rank (32)"),
+    ("agreement", False, bool, "lr x how far mini-batches agree (methods/agreement.py)"),
     ("sigma", 0.2, positive, "es: how far from v it looks"),
     ("samples", 4, natural, "responses in samples.jsonl, of an evaluation or of every tenth step"),
     ("rollout-rows", 256, count, "rows sampled at once"),
@@ -87,9 +88,9 @@ PROGRAM = [
 # What a model folder's tinylora.json may not set: outputs, and what would run or read other files.
 RESERVED = ("help", "model", "adapter", "task", "out", "eval-only", "resume", "chat", "wandb",
             "method", "device", "samples", "eval-data")
-TRAINING = ("algo", "sigma", "steps", "prompts", "group", "minibatches", "lr", "warmup",
-            "temperature", "clip-low", "clip-high", "kl", "grad-clip", "reward", "eval-every",
-            "v-dtype", *SHAPE, "save-every", "recompute", "tokens-per-micro-batch")
+TRAINING = ("algo", "agreement", "sigma", "steps", "prompts", "group", "minibatches", "lr",
+            "warmup", "temperature", "clip-low", "clip-high", "kl", "grad-clip", "reward",
+            "eval-every", "v-dtype", *SHAPE, "save-every", "recompute", "tokens-per-micro-batch")
 # Flags that mean nothing to an algorithm, where nothing is trained, or where nothing is written.
 UNUSED = {"sft": ("kl", "reward", "temperature", "clip-low", "clip-high", "group", "sigma"),
           "es": ("minibatches", "clip-low", "clip-high", "kl", "tokens-per-micro-batch",

@@ -1,4 +1,4 @@
-"""Small things that are done with a list of trained tensors."""
+"""Small things that are done with a list of trained tensors, and with their settings."""
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,11 @@ def with_values(params, values):
     finally:
         for p, value in zip(params, kept):
             p.detach().copy_(value)
+
+
+def not_none(**settings):
+    """The settings that have a value: the others have a default where they are used."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def total_norm(params):

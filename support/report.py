@@ -43,12 +43,14 @@ def print_loaded(model, args, seconds):
           flush=True)
 
 
-def step_row(step, rollout, scores, updates, params, args, rate, start):
+def step_row(step, rollout, scores, updates, optimizer, args, start):
     """A step's row of log.jsonl: means over the responses of all ranks.
 
     scores: {name: (B,) tensor}, empty for SFT. updates: what grpo.update returned for each
-    mini-batch of this rank. rate: the last learning rate. start: when the step began.
+    mini-batch of this rank. optimizer: with the trained tensors and its last learning rate.
+    start: when the step began.
     """
+    params = optimizer.param_groups[0]["params"]
     row = {"step": step} | {name: ranks.mean(values) for name, values in scores.items()}
     if args.algo == "grpo":
         has_signal = (rollout.advantage.view(-1, args.group) != 0).any(1)
@@ -65,8 +67,8 @@ def step_row(step, rollout, scores, updates, params, args, rate, start):
         row["v"] = [x for p in params for x in p.detach().flatten().tolist()]
     tokens, responses = ranks.total(int(rollout.mask.sum()), len(rollout.prompts))
     seconds = time.time() - start
-    row |= {"length": tokens / responses, "lr": rate, "tokens": int(tokens),
-            "tokens_per_s": tokens / seconds, "seconds": seconds,
+    row |= {"length": tokens / responses, "lr": optimizer.param_groups[0]["lr"],
+            "tokens": int(tokens), "tokens_per_s": tokens / seconds, "seconds": seconds,
             "memory_gb": memory_gb(args.device)}
     return row
 

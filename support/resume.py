@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from support import ranks
 from support.checkpoint import same_base
 from support.errors import InputError
-from support.files import open_tensors, parse_json, read_json, replacing, write_json
+from support.files import make_folder, open_tensors, parse_json, read_json, replacing, write_json
 from support.terminal import printable
 
 FILES = ("state-0.safetensors", "state-1.safetensors")
@@ -39,11 +39,12 @@ CHANGES_ROUNDING = ("torch", "numpy", "threads", "ranks", "device")
 
 @contextmanager
 def alone(out):
-    """A block in which no other process can work on the run in this folder.
+    """Make a run's folder; a block in which no other process can work on the run in it.
 
     Take it before the first write to the folder: two processes would mix their files. The lock
-    ends with the process, however that ends.
+    ends with the process, however that ends. InputError if the folder cannot be made.
     """
+    make_folder(out)
     if ranks.RANK:  # rank 0 holds the lock for all ranks
         yield
         return
@@ -249,14 +250,18 @@ def load(out, params, optimizer, reference):
 
 
 def check_tensors(path, tensors, params, reference):
-    """InputError unless a state's tensors are those of this run, and Adam's of all or of none."""
+    """InputError unless a state's tensors are those of this run, and Adam's of all or of none.
+
+    So are the means of methods/agreement.py, which the first update does not make yet.
+    """
     shapes = {f"param.{i}": p.shape for i, p in enumerate(params)}
     moments = {f"{name}.{i}": p.shape for i, p in enumerate(params)
                for name in ("exp_avg", "exp_avg_sq")}
     moments |= {f"step.{i}": torch.Size() for i in range(len(params))}
     shapes |= {f"reference.{i}": p.shape for i, p in enumerate(reference or [])}
     found = {name: x.shape for name, x in tensors.items()}
-    if found not in (shapes, shapes | moments):
+    means = {f"{name}.{i}": torch.Size() for i in range(len(params)) for name in ("dot", "square")}
+    if found not in (shapes, shapes | moments, shapes | moments | means):
         raise InputError(f"{path}: does not hold the trained numbers of this run")
 
 

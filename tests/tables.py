@@ -181,7 +181,7 @@ def thirteen_table():
     rows = []
     for folder, config in zip(folders, configs):
         changed = [f"--{name} {config[key]}" for name, key in keys.items()
-                   if config[key] != configs[0][key]]
+                   if config.get(key) != configs[0].get(key)]  # an older run lacks new flags
         s = json.loads((folder / "summary.json").read_text())
         last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
         entropy = f"{last['entropy']:.2f}" if "entropy" in last else ""  # ES has none

@@ -168,7 +168,7 @@ def test_rows_after_the_state_are_cut_off(stopped, undisturbed):
 
 METHODS = ["--method lora-xs --rank 3", "--method lora --rank 2 --kl 0.01 --reward lenient",
            "--method full --lr 1e-4 --save-every 2 --reward lenient",
-           "--algo sft --method lora --v-dtype bf16", "--engine plain",
+           "--algo sft --method lora --v-dtype bf16", "--engine plain --agreement",
            "--algo es --prompts 4 --group 4 --sigma 0.2"]
 
 
