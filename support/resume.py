@@ -260,7 +260,8 @@ def check_tensors(path, tensors, params, reference):
     moments |= {f"step.{i}": torch.Size() for i in range(len(params))}
     shapes |= {f"reference.{i}": p.shape for i, p in enumerate(reference or [])}
     found = {name: x.shape for name, x in tensors.items()}
-    means = {f"{name}.{i}": torch.Size() for i in range(len(params)) for name in ("dot", "square")}
+    means = {f"{name}.{i}": torch.Size() for i in range(len(params))
+             for name in ("dot", "square", "variance")}
     if found not in (shapes, shapes | moments, shapes | moments | means):
         raise InputError(f"{path}: does not hold the trained numbers of this run")
 

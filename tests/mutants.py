@@ -24,6 +24,7 @@ RUN = [f"{RECIPE}::test_a_run_is_the_recipe"]
 DEFAULTS = [f"{RECIPE}::test_the_defaults_are_the_papers"]
 RESUMED = [f"{RECIPE}::test_a_resumed_run_holds_on_to_the_first_policy"]
 DISK = [f"{RECIPE}::test_log_rows_are_on_the_disk_before_their_state"]
+AGREEMENT = ["tests/test_agreement.py"]
 LAST = [f"{RECIPE}::test_the_last_state_is_saved"]
 AGREE = [f"{RECIPE}::test_ranks_that_differ_end_the_run",
          f"{RECIPE}::test_ranks_that_resume_from_different_steps_end"]
@@ -109,6 +110,13 @@ MUTANTS = [
     ("the last state not saved", "train.py",
      "(step + 1) % args.save_every == 0 or step + 1 == args.steps",
      "(step + 1) % args.save_every == 0", LAST),
+    ("a mini-batch agrees with itself", "methods/agreement.py",
+     "(g * m).sum()", "(m * m).sum()", AGREEMENT),
+    ("opposite gradients agree", "methods/agreement.py",
+     "max(0.0, dot / square)", "abs(dot / square)", AGREEMENT),
+    ("the agreement's means not restored", "support/resume.py",
+     "optimizer_state.setdefault(int(i), {})[kind] = x",
+     'optimizer_state.setdefault(int(i), {}).update({} if kind == "dot" else {kind: x})', AGREEMENT),
     ("default lr 1.6e-3", "train.py", '{"tinylora": 1.6e-4', '{"tinylora": 1.6e-3', DEFAULTS),
     ("default clip-high 0.2", "train.py", '("clip-high", 0.4', '("clip-high", 0.2', DEFAULTS),
     ("default prompts 32", "train.py", '("prompts", 64', '("prompts", 32', DEFAULTS),

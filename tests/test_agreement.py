@@ -34,6 +34,7 @@ def expected(gradients):
     q = np.zeros(gradients.shape[1])
     dots = []
     squares = []
+    variances = []
     rates = []
     for i, g in enumerate(gradients):
         q = 0.999 * q + 0.001 * g**2
@@ -41,8 +42,10 @@ def expected(gradients):
         if i:
             dots.append((1 - 0.9**i) * (g / scale) @ (m / scale))
             squares.append((m / scale) @ (m / scale))
+            variances.append(((1 - 0.9**i) ** 2) * (g / scale) ** 2 @ (m / scale) ** 2)
             weights = 0.95 ** np.arange(i)[::-1]
-            rates.append(LR * np.clip((weights @ dots) / (weights @ squares), 0, 1))
+            chance = 2 * np.sqrt(weights**2 @ variances)
+            rates.append(LR * np.clip((weights @ dots - chance) / (weights @ squares), 0, 1))
         m = 0.9 * m + 0.1 * g
     return rates
 
@@ -60,12 +63,13 @@ def test_rates_are_those_of_the_formula(seed):
 
 
 def test_equal_gradients_agree_wholly():
-    """From the second update on the steps are Adam's own."""
-    params, optimizer = policy(4)
-    gradient = [torch.tensor([1.0, -2.0, 1e-3, 50.0])]
-    rates = [update(params, optimizer, gradient) for _ in range(30)]
-    assert rates[0] == 0 and rates[1:] == pytest.approx([LR] * 29, rel=1e-5)
-    torch.testing.assert_close(params[0].detach(), -29 * LR * gradient[0].sign())
+    """The steps are Adam's own, but for what may be chance: less with more numbers."""
+    for count, least in ((4, 0.7), (10_000, 0.99)):
+        params, optimizer = policy(count)
+        gradient = [torch.tensor([1.0, -2.0, 1e-3, 50.0]).repeat(count // 4)]
+        rates = [update(params, optimizer, gradient) for _ in range(40)]
+        assert rates[0] == 0 and least * LR < rates[-1] < LR
+        torch.testing.assert_close(params[0].detach(), -sum(rates) * gradient[0].sign())
 
 
 def walk(agreeing, signal, seed):
@@ -79,10 +83,9 @@ def walk(agreeing, signal, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_moves_v_little_and_a_signal_moves_it(seed):
-    assert walk(True, 0.0, seed) < 0.1 * walk(False, 0.0, seed)
+    assert walk(True, 0.0, seed) < 0.02 * walk(False, 0.0, seed)
     assert walk(True, 1.0, seed) > 0.8 * walk(False, 1.0, seed)
-    weak = [walk(agreeing, 0.15, seed) / walk(agreeing, 0.0, seed) for agreeing in (True, False)]
-    assert weak[0] > 4 * weak[1]
+    assert walk(True, 0.15, seed) > 20 * walk(True, 0.0, seed)
 
 
 def test_without_any_gradient_nothing_moves():
@@ -95,7 +98,7 @@ def test_without_any_gradient_nothing_moves():
 def test_its_means_are_part_of_the_state(tmp_path):
     """The rate after --resume is the one that an undisturbed run has."""
     rng = np.random.RandomState(0)
-    gradients = rng.standard_normal((6, 1, 50)) + 0.3
+    gradients = rng.standard_normal((6, 1, 50)) + 1.0
     here = policy(50)
     for gradient in gradients[:5]:
         update(*here, gradient)
